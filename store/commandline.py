@@ -50,9 +50,10 @@ def finish(work: Callable[[], int | None]) -> None:
 
 
 def run(program: str, command: Command, argv: Sequence[str] | None = None) -> None:
-    """Run a program of one command; its docstring is the head of ``--help``."""
+    """Run a program of one command; the docstring of its config is the head of ``--help``."""
     argv = sys.argv[1:] if argv is None else argv
-    finish(lambda: command(parse(config_type_of(command), program, inspect.getdoc(command) or "", argv)))
+    config_type = config_type_of(command)
+    finish(lambda: command(parse(config_type, program, inspect.getdoc(config_type) or "", argv)))
 
 
 def route(program: str, about: str, commands: Mapping[str, Command], argv: Sequence[str] | None = None) -> None:
@@ -62,7 +63,7 @@ def route(program: str, about: str, commands: Mapping[str, Command], argv: Seque
     if name in ("-h", "--help"):
         print(f"usage: {program} COMMAND [OPTIONS]\n\n{about}\n\ncommands (each has --help):")
         for known, command in commands.items():
-            print(f"  {known:<10} {(inspect.getdoc(command) or '').splitlines()[0]}")
+            print(f"  {known:<10} {(inspect.getdoc(config_type_of(command)) or "").splitlines()[0]}")
         sys.exit(0 if argv else 2)
     if name not in commands:
         print(f"error: {program} has no command {name!r}; it has: {', '.join(commands)}", file=sys.stderr)
