@@ -63,7 +63,7 @@ def route(program: str, about: str, commands: Mapping[str, Command], argv: Seque
     if name in ("-h", "--help"):
         print(f"usage: {program} COMMAND [OPTIONS]\n\n{about}\n\ncommands (each has --help):")
         for known, command in commands.items():
-            print(f"  {known:<10} {(inspect.getdoc(config_type_of(command)) or "").splitlines()[0]}")
+            print(f"  {known:<10} {(inspect.getdoc(config_type_of(command)) or '').splitlines()[0]}")
         sys.exit(0 if argv else 2)
     if name not in commands:
         print(f"error: {program} has no command {name!r}; it has: {', '.join(commands)}", file=sys.stderr)
