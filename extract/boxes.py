@@ -1,0 +1,126 @@
+"""The VLM's own answer: the box it gives when it is asked to speak, greedily decoded and brought to source pixels."""
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from PIL import Image
+from torch import nn
+from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+
+from extract.sequence import Conditioner
+
+Box = tuple[float, float, float, float]
+
+# Digits are bounded: a model that rambles writes numbers that no float holds.
+_NUMBER = r"\s*(-?\d{1,9}(?:\.\d{0,9})?)\s*"
+_FOUR = re.compile(r"[\[(]" + ",".join([_NUMBER] * 4) + r"[\])]")
+_NAMED = re.compile(r"bbox_2d[\"']?\s*[:=]\s*" + _FOUR.pattern)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the model said about one sample: its words, and the box in source pixels (null: no box in the words)."""
+
+    text: str
+    box: Box | None
+
+
+def parse_box(text: str, resized_size: tuple[int, int], source_size: tuple[int, int]) -> Box | None:
+    """The box in ``text`` as ``xyxy`` in pixels of the source picture, ordered and inside it.
+
+    Parameters
+    ----------
+    text
+        The model's answer. The first four numbers named ``bbox_2d`` count, else the last list of four.
+    resized_size, source_size
+        ``(width, height)`` of the picture the model saw, in whose pixels Qwen2.5-VL speaks, and of the source.
+
+    Returns
+    -------
+    The box, or null where the text has no list of four numbers. A box that lies outside the picture, or has no
+    extent, is clamped to its edge and may have no area: the model did answer, badly.
+    """
+    named = _NAMED.search(text)
+    lists = [named.groups()] if named else _FOUR.findall(text)
+    if not lists:
+        return None
+    x1, y1, x2, y2 = map(float, lists[-1])
+
+    def side(first: float, second: float, resized: int, source: int) -> tuple[float, float]:
+        low, high = (min(max(value * source / resized, 0.0), float(source)) for value in sorted((first, second)))
+        return low, high
+
+    left, right = side(x1, x2, resized_size[0], source_size[0])
+    top, bottom = side(y1, y2, resized_size[1], source_size[1])
+    return left, top, right, bottom
+
+
+class _BoxComplete(StoppingCriteria):
+    """Ends a sample's decoding as soon as its named box is closed."""
+
+    def __init__(self, tokenizer, prompt_length: int):
+        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+
+    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
+        said = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
+        return torch.tensor([bool(_NAMED.search(text)) for text in said], device=input_ids.device)
+
+
+@torch.no_grad()
+def generate_boxes(
+    model: nn.Module,
+    conditioner: Conditioner,
+    samples: Sequence[tuple[Image.Image, str]],
+    max_new_tokens: int = 400,
+) -> list[Answer]:
+    """Ask the model for the boxes of one batch of samples.
+
+    Parameters
+    ----------
+    model
+        A ``Qwen2_5_VLForConditionalGeneration`` in evaluation mode.
+    conditioner
+        Around ``extract.prompts.GROUND_TEMPLATE``, with ``model``. Decoding always uses the model's own 3-D positions.
+    samples
+        RGB picture and instruction.
+    max_new_tokens
+        [ABP] allows 400; decoding stops earlier once every sample's box is complete.
+
+    Raises
+    ------
+    BadSample
+        An instruction cannot be encoded.
+    """
+    batch = conditioner.batch(samples, padding_side="left").to(model.device)
+    # Positions are left to `generate`, which has to go on counting from them; it needs the token types to do so.
+    inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
+    length = inputs["input_ids"].shape[1]
+    tokenizer = conditioner.tokenizer
+    settings = greedy(tokenizer, max_new_tokens)
+    stop = StoppingCriteriaList([_BoxComplete(tokenizer, length)])
+    said = model.generate(**inputs, generation_config=settings, stopping_criteria=stop)[:, length:]
+    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
+    sizes = batch.source_sizes
+    return [
+        Answer(text, parse_box(text, conditioner.resized_size(*size), size))
+        for text, size in zip(texts, sizes, strict=True)
+    ]
+
+
+def greedy(tokenizer, max_new_tokens: int) -> GenerationConfig:
+    """Plain greedy decoding: every default of the checkpoint that bends the scores is switched off."""
+    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
+    ends = {turn_end, tokenizer.eos_token_id}
+    return GenerationConfig(
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        num_beams=1,
+        repetition_penalty=1.0,
+        temperature=1.0,
+        top_p=1.0,
+        top_k=50,
+        eos_token_id=sorted(ends),
+        pad_token_id=tokenizer.pad_token_id,
+    )

@@ -1,0 +1,119 @@
+"""A tokenizer, a processor and tiny random models of the real classes, made in memory: no test needs the hub."""
+
+import pytest
+import torch
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import (
+    Qwen2_5_VLConfig,
+    Qwen2_5_VLForConditionalGeneration,
+    Qwen2_5_VLProcessor,
+    Qwen2Tokenizer,
+    Qwen2VLImageProcessor,
+    Qwen2VLVideoProcessor,
+)
+from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
+
+from extract.prompts import editing_template, ground_text
+
+SPECIAL = [
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
+    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
+    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
+]
+
+
+@pytest.fixture(autouse=True, scope="session")
+def one_thread():
+    """Tests share their machine."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def processor() -> Qwen2_5_VLProcessor:
+    """The stock processor around a byte-level BPE tokenizer trained on the prompts."""
+    trained = Tokenizer(models.BPE())
+    trained.normalizer = normalizers.NFC()
+    trained.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
+            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+        ]
+    )
+    trained.decoder = decoders.ByteLevel()
+    texts = [editing_template(), ground_text("make the second red cube from the left blue, remove the ball")]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
+    trained.train_from_iterator(texts * 5, trainer)
+    vocab = trained.get_vocab()
+    merges = [tuple(line) if not isinstance(line, str) else tuple(line.split(" ")) for line in merges_of(trained)]
+    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, pad_token="<|endoftext|>", eos_token="<|im_end|>")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    return Qwen2_5_VLProcessor(
+        image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 40}),
+        tokenizer=tokenizer,
+        video_processor=Qwen2VLVideoProcessor(),
+        chat_template="",
+    )
+
+
+def merges_of(trained: Tokenizer) -> list:
+    """The merges that training found, in order."""
+    import json
+
+    return json.loads(trained.to_str())["model"]["merges"]
+
+
+@pytest.fixture(scope="session")
+def tiny_config(processor):
+    """A function of (dtype-free) settings that makes a small Qwen2.5-VL configuration; vision has window attention."""
+
+    def make(layers: int = 4, heads: int = 4, kv_heads: int = 2) -> Qwen2_5_VLConfig:
+        tokenizer = processor.tokenizer
+        return Qwen2_5_VLConfig(
+            text_config={
+                "vocab_size": len(tokenizer),
+                "hidden_size": 16 * heads,
+                "intermediate_size": 96,
+                "num_hidden_layers": layers,
+                "num_attention_heads": heads,
+                "num_key_value_heads": kv_heads,
+                "max_position_embeddings": 2048,
+                "rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]},
+                "bos_token_id": None,
+                "eos_token_id": tokenizer.convert_tokens_to_ids("<|im_end|>"),
+                "pad_token_id": tokenizer.pad_token_id,
+            },
+            vision_config={
+                "depth": 4,
+                "hidden_size": 32,
+                "intermediate_size": 48,
+                "num_heads": 2,
+                "out_hidden_size": 16 * heads,
+                "window_size": 112,
+                "fullatt_block_indexes": [1, 3],
+            },
+            image_token_id=tokenizer.convert_tokens_to_ids("<|image_pad|>"),
+            video_token_id=tokenizer.convert_tokens_to_ids("<|video_pad|>"),
+            vision_start_token_id=tokenizer.convert_tokens_to_ids("<|vision_start|>"),
+            vision_end_token_id=tokenizer.convert_tokens_to_ids("<|vision_end|>"),
+        )
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tiny_config):
+    """A function that makes a small random model in float32 (weights large enough that attention is not flat)."""
+
+    def make(attention: str = "sdpa", **settings) -> Qwen2_5_VLForConditionalGeneration:
+        torch.manual_seed(0)
+        config = tiny_config(**settings)
+        config._attn_implementation = attention
+        model = Qwen2_5_VLForConditionalGeneration(config).eval()
+        with torch.no_grad():
+            for name, weight in model.named_parameters():
+                if weight.ndim == 2 and "lm_head" not in name:
+                    weight.mul_(4)
+        return model
+
+    return make
