@@ -97,27 +97,33 @@ def verify(path: str | os.PathLike) -> Report:
 
 def _layout_problems(folder: Path, plan: Plan) -> Iterator[str]:
     """Differences between the Zarr metadata and tables written at the start and the plan."""
-    try:
-        root = zarr.open_group(folder, mode="r")
-        for key, value in (("identity_hash", plan.identity_hash), ("plan_hash", plan.plan_hash)):
-            if root.attrs.get(key) != value:
-                yield f"the root's {key} is {root.attrs.get(key)} and the plan's is {value}: they changed"
-        for name, array in plan.arrays.items():
-            there = root[name]
-            for key, value in (
-                ("shape", array.shape),
-                ("chunks", array.inner),
-                ("shards", array.shard),
-                ("dtype", array.dtype),
-            ):
-                if getattr(there, key) != value:
-                    yield f"{name}/zarr.json has {key} {getattr(there, key)} and the plan {value}"
-            group = name.split("/")[0]
-            for dim, values in (("sample", plan.samples["sample_id"].to_list()), ("layer", list(array.layers))):
-                if root[f"{group}/{dim}"][:].tolist() != values:
-                    yield f"the coordinate {group}/{dim} is not the plan's"
-    except Exception as failure:
-        yield f"the Zarr metadata does not read: {failure}"
+    # Each array's own metadata, and the copy in the root that stock readers look at first.
+    for consolidated in (False, True):
+        try:
+            root = zarr.open_group(folder, mode="r", use_consolidated=consolidated)
+            for key, value in (("identity_hash", plan.identity_hash), ("plan_hash", plan.plan_hash)):
+                if root.attrs.get(key) != value:
+                    yield f"the root's {key} is {root.attrs.get(key)} and the plan's is {value}: they changed"
+            for name, array in plan.arrays.items():
+                yield from _array_problems(root, name, array, plan)
+        except Exception as failure:
+            yield f"the Zarr metadata does not read: {failure}"
+
+
+def _array_problems(root: zarr.Group, name: str, array: ArrayPlan, plan: Plan) -> Iterator[str]:
+    there = root[name]
+    for key, value in (
+        ("shape", array.shape),
+        ("chunks", array.inner),
+        ("shards", array.shard),
+        ("dtype", array.dtype),
+    ):
+        if getattr(there, key) != value:
+            yield f"{name}/zarr.json has {key} {getattr(there, key)} and the plan {value}"
+    group = name.split("/")[0]
+    for dim, values in (("sample", plan.samples["sample_id"].to_list()), ("layer", list(array.layers))):
+        if root[f"{group}/{dim}"][:].tolist() != values:
+            yield f"the coordinate {group}/{dim} is not the plan's"
 
 
 def _expected_files(plan: Plan, block: int, samples: range, valid: np.ndarray) -> set[str]:

@@ -1,0 +1,107 @@
+"""Batches and eager reads: the same values as stock zarr gives, in an order that a seed decides."""
+
+# ruff: noqa: D103 - a test's name says what it shows
+
+import numpy as np
+import pytest
+import torch
+import zarr
+
+import store
+from store.synthetic import synthetic_plan, synthetic_store
+
+
+@pytest.fixture(scope="module", params=["zstd", "none"])
+def path(request, tmp_path_factory):
+    plan = synthetic_plan(30, seed=2, codec=request.param, image=(3, 30))
+    return synthetic_store(tmp_path_factory.mktemp("batches") / "store", plan)
+
+
+def stock_tokens(path, sample, layer, tokens):
+    """The bits of a sample's tokens by zarr-python and the token table."""
+    opened = store.open(path)
+    table = opened.tokens.filter(sample=sample).collect()
+    parts = []
+    for name in ("image", "text"):
+        kinds = table.filter((table["kind"] == "image") == (name == "image"))
+        if tokens not in ("all", name):
+            kinds = kinds.filter(kinds["kind"] == tokens)
+        bits_slr = zarr.open_group(path, mode="r")[f"hidden/{name}"]
+        parts.append(bits_slr[sample, opened.layers.index(layer)][kinds["slot"].to_list()])
+    return np.concatenate(parts)
+
+
+@pytest.mark.parametrize("tokens", ["all", "image", "text", "instruction", "template"])
+def test_batches_hold_exactly_what_stock_zarr_reads(path, tokens):
+    layers = ["final", "embed"]
+    for batch in store.open(path).batches(layers, tokens, batch_size=7, shuffle=True, seed=3, samples=range(5, 20)):
+        assert batch.states.dtype == torch.bfloat16 and batch.states.shape[1] == 2
+        assert batch.mask.any(dim=0).all()
+        assert (batch.states.float().abs().sum((1, 3)) * ~batch.mask == 0).all()
+        for i, sample in enumerate(batch.sample.tolist()):
+            for j, layer in enumerate(layers):
+                states = batch.states[i, j][batch.mask[i]].view(torch.uint16).numpy()
+                np.testing.assert_array_equal(states, stock_tokens(path, sample, layer, tokens))
+
+
+def test_the_seed_decides_the_order_and_every_epoch_has_its_own(path):
+    opened = store.open(path)
+
+    def order(seed):
+        return torch.cat([b.sample for b in opened.batches("0", "text", 8, shuffle=True, seed=seed, epochs=2)])
+
+    assert torch.equal(order(5), order(5))
+    assert not torch.equal(order(5), order(6))
+    first, second = order(5).split(30)
+    assert not torch.equal(first, second)
+    assert first.sort().values.tolist() == second.sort().values.tolist() == list(range(30))
+
+
+def test_splits_last_batches_and_dtypes_are_chosen(path):
+    opened = store.open(path)
+    chosen = [b.sample for b in opened.batches("0", "image", 4, split="test")]
+    assert torch.cat(chosen).tolist() == [0, 5, 10, 15, 20, 25] and len(chosen[-1]) == 2
+    assert [len(b.sample) for b in opened.batches("0", "image", 4, split="test", drop_last=True)] == [4]
+    batch = next(opened.batches("0", "image", 4, dtype="float32"))
+    assert batch.states.dtype == torch.float32
+
+
+def test_read_gives_one_layer_of_many_samples_at_once(path):
+    states, mask = store.open(path).read([9, 3, 9], "0", "instruction")
+    assert states.shape[:2] == (3, 1) and mask.shape == (3, states.shape[2])
+    assert torch.equal(states[0], states[2])
+    np.testing.assert_array_equal(
+        states[1, 0][mask[1]].view(torch.uint16).numpy(), stock_tokens(path, 3, "0", "instruction")
+    )
+
+
+def test_float32_states_come_back_as_they_were(tmp_path):
+    plan = synthetic_plan(5, dtype="float32")
+    path = synthetic_store(tmp_path / "store", plan)
+    states, mask = store.open(path).read(range(5), ["0", "final"], "text")
+    stock = zarr.open_group(path, mode="r")["hidden/text"][:, 1:]
+    assert states.dtype == torch.float32
+    for sample in range(5):
+        n = int(mask[sample].sum())
+        np.testing.assert_array_equal(states[sample, :, :n].numpy(), stock[sample, :, :n])
+
+
+@pytest.mark.parametrize(
+    ("asked", "named"),
+    [
+        ({"layers": ["0", "7"]}, "layer 7"),
+        ({"layers": "0", "tokens": "verb"}, "'verb'.*instruction"),
+        ({"layers": "0", "split": "dev"}, "'dev'"),
+        ({"layers": "0", "samples": [30]}, "sample 30"),
+        ({"layers": "0", "dtype": "float16"}, "float16"),
+    ],
+)
+def test_what_is_not_there_is_refused_by_name(path, asked, named):
+    with pytest.raises(store.Refusal, match=named):
+        next(store.open(path).batches(**asked))
+
+
+def test_a_reader_leaves_early_without_hanging(path):
+    batches = store.open(path).batches("0", "text", 2, epochs=100)
+    next(batches)
+    batches.close()
