@@ -168,7 +168,7 @@ class QFormer(nn.Module):
             Cross-attention with h = (proxy layer m, head j) flattened, m outermost; sums to 1 over (l, t).
         """
         p, b, layers, t, w = states_pbltw.shape
-        closed = torch.zeros(mask_pbt.shape, device=mask_pbt.device).masked_fill_(~mask_pbt, -math.inf)
+        closed = states_pbltw.new_zeros(mask_pbt.shape).masked_fill_(~mask_pbt, -math.inf)
         closed = closed[:, :, None].expand(p, b, layers, t).reshape(p * b, 1, 1, layers * t)
         rows_pl = functional.layer_norm(states_pbltw.transpose(1, 2).reshape(p * layers, b * t, w), (w,))
         x_pnd = self.queries[:, None].expand(-1, b, -1, -1).flatten(1, 2)

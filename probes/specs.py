@@ -24,8 +24,8 @@ class Spec:
     """Shown on the layer axis, as the prompt proxy, or as a floor."""
     layers: tuple[str, ...]
     """VLM layers read together, under one softmax."""
-    tokens: Literal["all", "image", "text"]
-    """Tokens of these layers that it sees."""
+    tokens: Literal["all", "image", "text", "none"]
+    """Tokens of these layers that it sees; none for the floors that need no training."""
     permuted: bool = False
     """Taught the boxes of other samples: what can be had from the distribution of boxes alone."""
 

@@ -153,11 +153,8 @@ def train_and_save(
     def watch(step: int, predicted_pn4: Tensor) -> None:
         nonlocal best
         for spec, curve, predicted_n4 in zip(todo, curves, predicted_pn4, strict=True):
-            overlap_n = boxes.iou(predicted_n4, true_n4).numpy()
-            error_n = boxes.loss(predicted_n4, true_n4, step=1, l1_steps=0).numpy()
-            for metric, values_n in (("error", error_n), ("one_minus_iou", 1 - overlap_n)):
-                curve.append(row(spec, seed, step, metric, values_n, weights_rn))
-            best = max(best, (float(overlap_n.mean()), spec.name))
+            curve += curve_point(spec, seed, step, predicted_n4, true_n4, weights_rn)
+            best = max(best, (1 - curve[-1]["value"], spec.name))
         bar.set_postfix_str(f"best IoU {best[0]:.3f} {best[1]}")
 
     layers = sum(len(spec.layers) for spec in todo)
@@ -185,6 +182,16 @@ RESULTS = {
     "high": pl.Float64,
     "n": pl.Int64,
 }
+
+
+def curve_point(
+    spec: Spec, seed: int, step: int, predicted_n4: Tensor, true_n4: Tensor, weights_rn: np.ndarray
+) -> list[dict]:
+    """The rows of one point of the error curve: the full loss, whatever the step, and 1 − IoU."""
+    error_n = boxes.loss(predicted_n4, true_n4, step=1, l1_steps=0).numpy()
+    miss_n = 1 - boxes.iou(predicted_n4, true_n4).numpy()
+    pairs = (("error", error_n), ("one_minus_iou", miss_n))
+    return [row(spec, seed, step, metric, values_n, weights_rn) for metric, values_n in pairs]
 
 
 def row(spec: Spec, seed: int, step: int, metric: str, values_n: np.ndarray, weights_rn: np.ndarray) -> dict:
@@ -226,10 +233,14 @@ def gather(config: ProbeConfig, wanted: Sequence[Spec], found: Scenes) -> None:
     folders = [trained.folder_of(config.out, spec, seed) for seed in config.seeds for spec in wanted]
     results = [pl.read_parquet(folder / "results.parquet") for folder in folders]
     predictions = [pl.read_parquet(folder / "predictions.parquet") for folder in folders]
+    watched = len(found.watch)
+    true_n4, weights_rn = torch.from_numpy(found.boxes_s4[found.watch]), resamples(watched)
     for name, box in constant_boxes(found.boxes_s4[found.train]).items():
-        guesses = scored(torch.from_numpy(box).expand(len(found.test), 4), found, name, seed=0)
         floor = Spec(name, "floor", ("none",), "none")
-        results.append(pl.DataFrame(summary(guesses, floor, step=0), schema=RESULTS))
+        guess_n4 = torch.from_numpy(box).expand(len(found.test), 4)
+        guesses = scored(guess_n4, found, name, seed=0)
+        rows = curve_point(floor, 0, config.steps, guess_n4[:watched], true_n4, weights_rn)
+        results.append(pl.DataFrame(rows + summary(guesses, floor, config.steps), schema=RESULTS))
         predictions.append(guesses)
     for name, tables in (("results", results), ("predictions", predictions)):
         buffer = io.BytesIO()
