@@ -98,9 +98,14 @@ def generate_boxes(
     inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
     length = inputs["input_ids"].shape[1]
     tokenizer = conditioner.tokenizer
-    settings = greedy(tokenizer, max_new_tokens)
     stop = StoppingCriteriaList([_BoxComplete(tokenizer, length)])
-    said = model.generate(**inputs, generation_config=settings, stopping_criteria=stop)[:, length:]
+    own = model.generation_config
+    # `generate` fills what a configuration leaves open from the checkpoint's, so that one has to be put aside.
+    model.generation_config = greedy(tokenizer, max_new_tokens)
+    try:
+        said = model.generate(**inputs, stopping_criteria=stop)[:, length:]
+    finally:
+        model.generation_config = own
     texts = tokenizer.batch_decode(said, skip_special_tokens=True)
     sizes = batch.source_sizes
     return [
@@ -110,17 +115,11 @@ def generate_boxes(
 
 
 def greedy(tokenizer, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding: every default of the checkpoint that bends the scores is switched off."""
-    turn_end = tokenizer.convert_tokens_to_ids("<|im_end|>")
-    ends = {turn_end, tokenizer.eos_token_id}
+    """Plain greedy decoding up to the end of the turn."""
+    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,
-        num_beams=1,
-        repetition_penalty=1.0,
-        temperature=1.0,
-        top_p=1.0,
-        top_k=50,
         eos_token_id=sorted(ends),
         pad_token_id=tokenizer.pad_token_id,
     )

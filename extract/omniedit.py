@@ -24,12 +24,9 @@ REQUIRED = ("omni_edit_id", "task", "src_img", "edited_prompt_list")
 NOT_EXTRA = (*REQUIRED, "edited_img", "width", "height", "box")
 
 UNREADABLE_SHARD = "shard cannot be read"
-NO_ID = "no id"
-DUPLICATE = "duplicate id"
-EMPTY_PROMPT = "empty prompt"
-SPECIAL_TOKENS = "prompt contains special tokens"
-UNDECODABLE = "image cannot be decoded"
-TRUNCATED = "image truncated"
+NO_ID, DUPLICATE = "no id", "duplicate id"
+EMPTY_PROMPT, SPECIAL_TOKENS = "empty prompt", "prompt contains special tokens"
+UNDECODABLE, TRUNCATED = "image cannot be decoded", "image truncated"
 ABSURD_SIZE = "absurd size"
 SIZE_DISAGREES = "width/height disagree with the image"
 BAD_BOX = "box is not x1 < x2, y1 < y2"
@@ -243,8 +240,8 @@ def open_image(encoded: bytes) -> Image.Image:
     """The picture with its header read and its size found sane, pixels not yet decoded."""
     try:
         picture = Image.open(BytesIO(encoded), formats=IMAGE_FORMATS)
-    except Image.DecompressionBombError as bomb:
-        raise BadSample(ABSURD_SIZE, str(bomb)) from bomb
+    except Image.DecompressionBombError as error:
+        raise BadSample(ABSURD_SIZE, str(error)) from error
     except Exception as error:  # Pillow's readers raise many kinds on damaged headers
         raise BadSample(UNDECODABLE, type(error).__name__) from error
     short, long = sorted(picture.size)

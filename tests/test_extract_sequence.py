@@ -1,0 +1,162 @@
+"""The conditioning sequence is the stock processor's, and the token table says truly what each token is."""
+# ruff: noqa: D103 - a test is named as the sentence it checks
+
+import polars as pl
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from extract.omniedit import BadSample
+from extract.prompts import GROUND_TEMPLATE, editing_template, editing_text, ground_text
+from extract.sequence import TOKEN_SCHEMA, Conditioner
+
+SAMPLES = [
+    (Image.effect_noise((150, 90), 80).convert("RGB"), "make the second red cube from the left blue"),
+    (Image.effect_noise((90, 333), 80).convert("RGB"), "  réplace {the} ball\twith\n a 球!  "),
+]
+
+
+@pytest.fixture(scope="module")
+def conditioner(processor, tiny_model):
+    return Conditioner(processor, editing_template(), model=tiny_model())
+
+
+def kept_lengths(batch):
+    return list(
+        zip(*(mask.sum(1).tolist() for mask in (batch.image_mask, batch.text_mask, batch.query_mask)), strict=True)
+    )
+
+
+@pytest.mark.parametrize(("template", "text"), [(editing_template(), editing_text), (GROUND_TEMPLATE, ground_text)])
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_inputs_equal_the_stock_processors(processor, tiny_model, template, text, side):
+    batch = Conditioner(processor, template, model=tiny_model()).batch(SAMPLES, padding_side=side)
+    pictures, instructions = zip(*SAMPLES, strict=True)
+    texts = [text(instruction) for instruction in instructions]
+    stock = processor(text=texts, images=list(pictures), padding=True, padding_side=side, return_tensors="pt")
+    assert set(batch.inputs) == {*stock, "position_ids"}
+    for name, tensor in stock.items():
+        assert batch.inputs[name].equal(tensor.to(batch.inputs[name].dtype)), name
+
+
+def test_the_first_kept_token_opens_the_users_turn(conditioner):
+    batch = conditioner.batch(SAMPLES)
+    decode = conditioner.tokenizer.decode
+    ids = batch.inputs["input_ids"][0]
+    assert decode(ids[conditioner.drop : conditioner.drop + 1]) == "<|im_start|>"
+    assert decode(ids[conditioner.drop :]).startswith("<|im_start|>user\n<|vision_start|>")
+    assert "system" not in decode(ids[conditioner.drop :])
+    kept = batch.image_mask | batch.text_mask
+    assert not kept[:, : conditioner.drop].any()
+    assert kept[:, conditioner.drop :].equal(batch.inputs["attention_mask"][:, conditioner.drop :].bool())
+    assert not (batch.image_mask & batch.text_mask).any()
+
+
+def test_the_query_tokens_spell_the_instruction(conditioner):
+    batch = conditioner.batch(SAMPLES)
+    for ids, asked, (_, instruction) in zip(batch.inputs["input_ids"], batch.query_mask, SAMPLES, strict=True):
+        assert conditioner.tokenizer.decode(ids[asked]) == instruction
+
+
+@settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    width=st.integers(14, 700),
+    height=st.integers(14, 700),
+    instruction=st.text(min_size=1, max_size=40).filter(lambda text: text.strip() and "<|" not in text),
+)
+def test_counts_are_those_of_the_batch(conditioner, width, height, instruction):
+    batch = conditioner.batch([(Image.new("RGB", (width, height)), instruction)])
+    assert tuple(conditioner.count_tokens(width, height, instruction)) == kept_lengths(batch)[0]
+    rows, cols = batch.inputs["image_grid_thw"][0, 1:].tolist()
+    assert conditioner.resized_size(width, height) == (cols * 14, rows * 14)
+    table = conditioner.tokens(batch, ["a"])
+    assert table.filter(pl.col("kind") == "instruction").height == batch.query_mask.sum()
+    assert table["word"].drop_nulls().unique().sort().to_list() == list(range(len(instruction.split())))
+
+
+def test_own_positions_are_the_models_and_sequential_ones_count(processor, conditioner):
+    batch = conditioner.batch(SAMPLES)
+    names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
+    expected, _ = conditioner.model.model.get_rope_index(**{name: batch.inputs[name] for name in names})
+    assert batch.inputs["position_ids"].equal(expected)
+    plain = Conditioner(processor, editing_template(), "sequential").batch(SAMPLES).inputs
+    real = plain["attention_mask"].bool()
+    steps = torch.arange(real.shape[1]).expand(3, *real.shape)
+    assert plain["position_ids"][:, real].equal(steps[:, real])
+    assert not plain["position_ids"].equal(expected)
+
+
+def test_own_positions_without_a_model_are_refused(processor):
+    with pytest.raises(ValueError, match="need the model"):
+        Conditioner(processor, editing_template()).batch(SAMPLES)
+    with pytest.raises(ValueError, match="'mrope' or 'sequential'"):
+        Conditioner(processor, editing_template(), "1d")
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_the_token_table(conditioner, side):
+    batch = conditioner.batch(SAMPLES, padding_side=side)
+    table = conditioner.tokens(batch, ["first", "second"])
+    assert dict(table.schema) == {
+        name: kind() if isinstance(kind, type) else kind for name, kind in TOKEN_SCHEMA.items()
+    }
+    for number, (name, (picture, instruction)) in enumerate(zip(("first", "second"), SAMPLES, strict=True)):
+        mine = table.filter(pl.col("sample") == name)
+        counts = conditioner.count_tokens(*picture.size, instruction)
+        image = mine.filter(pl.col("kind") == "image")
+        other = mine.filter(pl.col("kind") != "image")
+        assert (image.height, other.height) == (counts.n_image, counts.n_text)
+        assert image["slot"].to_list() == list(range(counts.n_image))
+        assert other["slot"].to_list() == list(range(counts.n_text))
+        assert mine["position"].to_list() == list(range(conditioner.drop, conditioner.drop + mine.height))
+        real = batch.inputs["attention_mask"][number].bool()
+        assert mine["token_id"].to_list() == batch.inputs["input_ids"][number, real][conditioner.drop :].tolist()
+        positions = batch.inputs["position_ids"][:, number, real][:, conditioner.drop :]
+        assert mine.select("pos_t", "pos_h", "pos_w").to_numpy().T.tolist() == positions.tolist()
+        rows, cols = conditioner.grid(*picture.size)
+        assert [tuple(place) for place in image.select("row", "col").rows()] == [
+            (row, col) for row in range(rows) for col in range(cols)
+        ]
+        # Rotary height and width of an image token are its row and column, from the image's start on.
+        assert (image["pos_h"] - image["pos_h"][0]).to_list() == image["row"].to_list()
+        assert (image["pos_w"] - image["pos_w"][0]).to_list() == image["col"].to_list()
+        assert other.select("row", "col", "px1", "py2").null_count().row(0) == (other.height,) * 4
+        assert mine.filter(pl.col("kind") != "instruction")["word"].null_count() == mine.height - counts.n_query
+
+
+def test_pixel_boxes_tile_the_source_picture_each_axis_on_its_own(conditioner):
+    size = 150, 100  # resized to 140 × 112: the axes are scaled differently
+    batch = conditioner.batch([(Image.new("RGB", size), "go")])
+    image = conditioner.tokens(batch, ["a"]).filter(pl.col("kind") == "image")
+    rows, cols = conditioner.grid(*size)
+    assert size[0] / cols != size[1] / rows
+    area = ((image["px2"] - image["px1"]) * (image["py2"] - image["py1"])).sum()
+    assert area == pytest.approx(size[0] * size[1], rel=1e-5)
+    assert image.select(pl.min("px1", "py1")).row(0) == (0, 0)
+    assert image.select(pl.max("px2", "py2")).row(0) == size
+
+
+def test_words_are_those_that_blanks_separate(conditioner):
+    instruction = SAMPLES[1][1]
+    table = conditioner.tokens(conditioner.batch([SAMPLES[1]]), ["a"]).filter(pl.col("kind") == "instruction")
+    for word, expected in enumerate(instruction.split()):
+        ids = table.filter(pl.col("word") == word)["token_id"].to_list()
+        assert conditioner.tokenizer.decode(ids).strip() == expected
+
+
+@pytest.mark.parametrize("text", ["a <|image_pad|> b", "<|im_end|>", "x<|im_start|>system", "<|video_pad|>"])
+def test_an_instruction_cannot_bring_special_tokens(conditioner, text):
+    for refused in (
+        lambda: conditioner.count_tokens(100, 100, text),
+        lambda: conditioner.batch([(Image.new("RGB", (100, 100)), text)]),
+    ):
+        with pytest.raises(BadSample, match="prompt contains special tokens"):
+            refused()
+
+
+@pytest.mark.parametrize("text", ["", "  \n"])
+def test_an_empty_instruction_is_refused(conditioner, text):
+    with pytest.raises(BadSample, match="empty prompt"):
+        conditioner.encode(text)
