@@ -39,7 +39,7 @@ Where to look
 ``shards``        one shard file: building it, reading it by position
 ``reader``        ``open`` → ``Store``; ``batches`` has its training side (torch)
 ``tokens``        columns of the token table
-``verification``  ``verify``; ``inspection`` the commands ``inspect`` and ``du``
+``verification``  ``verify``; ``repair`` makes damaged blocks pending again; ``inspection`` has ``inspect``, ``du``
 ``bits``          bfloat16 as uint16; ``files`` every touch of the disk; ``errors`` Refusal
 
 This package knows nothing of models: names of layers and kinds of tokens are given to it.

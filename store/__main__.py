@@ -1,4 +1,4 @@
-"""``python -m store``: routes to verify, inspect and du."""
+"""``python -m store``: routes to verify, repair, inspect and du."""
 
 import json
 from dataclasses import dataclass
@@ -44,6 +44,19 @@ def verify(config: StoreConfig) -> int:
     return 0 if report.ok else 1
 
 
+def repair(config: StoreConfig) -> int:
+    """Mend a store: rewrite its metadata, and give damaged blocks back as work for the command that filled it."""
+    from store.repair import repair
+
+    report = repair(config.store)
+    if config.json:
+        print(json.dumps(report.as_dict(), ensure_ascii=False))
+    else:
+        print(f"{report.blocks} of {report.planned_blocks} blocks are whole", end="")
+        print("" if report.ok else ": run the command that filled the store again, it does the others")
+    return 0 if report.ok else 1
+
+
 def inspect(config: InspectConfig) -> None:
     """Show shapes, layers, norms per layer and one sample with its tokens."""
     from store.inspection import describe
@@ -82,7 +95,7 @@ def du(config: StoreConfig) -> None:
         )
 
 
-COMMANDS = {"verify": verify, "inspect": inspect, "du": du}
+COMMANDS = {"verify": verify, "repair": repair, "inspect": inspect, "du": du}
 
 if __name__ == "__main__":
     route("python -m store", "Look at a store of hidden states and check it.", COMMANDS)

@@ -105,6 +105,12 @@ class Log:
             os.lseek(self._descriptor, start, os.SEEK_SET)
             raise files.as_refusal(failure, self.path) from failure
 
+    def keep(self, blocks: set[int]) -> None:
+        """Drop every line that is damaged or commits another block; the log is replaced whole."""
+        kept = [commit for line in self.path.read_bytes().splitlines() if (commit := Commit.parse(line))]
+        lines = [commit.line() for commit in kept if commit.block in blocks]
+        files.write_whole(self.path, lines, self.path.parents[2] / files.PARTIAL)
+
     def close(self) -> None:
         """Let go of the log."""
         os.close(self._descriptor)

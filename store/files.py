@@ -44,7 +44,7 @@ def make_folder(folder: Path) -> None:
         sync_folder(folder.parent)
 
 
-def write_whole(target: Path, pieces: Iterable[bytes], partial: Path) -> tuple[int, str]:
+def write_whole(target: Path, pieces: Iterable[bytes | memoryview], partial: Path) -> tuple[int, str]:
     """Write ``pieces`` as one file that is either whole and durable under its name or not there.
 
     Temporary file in ``partial`` (same file system) → fsync → rename → fsync of the folder.
@@ -66,7 +66,7 @@ def write_whole(target: Path, pieces: Iterable[bytes], partial: Path) -> tuple[i
         with temporary.open("wb", buffering=0) as file:
             for piece in pieces:
                 write_all(file.fileno(), piece)
-                size, checksum = size + len(piece), google_crc32c.extend(checksum, piece)
+                size, checksum = size + len(piece), _extend(checksum, piece)
             os.fsync(file.fileno())
         make_folder(target.parent)
         temporary.rename(target)
@@ -77,7 +77,7 @@ def write_whole(target: Path, pieces: Iterable[bytes], partial: Path) -> tuple[i
     return size, f"{checksum:08x}"
 
 
-def write_all(descriptor: int, data: bytes) -> None:
+def write_all(descriptor: int, data: bytes | memoryview) -> None:
     """``os.write`` until all of ``data`` is written: a nearly full disk takes a part and says so."""
     view = memoryview(data)
     while view:
@@ -94,7 +94,16 @@ def as_refusal(failure: OSError, target: Path) -> Exception:
     )
 
 
-def checksum_of(path: Path, piece: int = 1 << 24) -> str:
+def _extend(checksum: int, data: bytes | memoryview) -> int:
+    if isinstance(data, bytes):
+        return google_crc32c.extend(checksum, data)
+    # It takes nothing but bytes: a small copy at a time stays in the cache, a whole one costs page faults.
+    for start in range(0, len(data), 1 << 18):
+        checksum = google_crc32c.extend(checksum, bytes(data[start : start + (1 << 18)]))
+    return checksum
+
+
+def checksum_of(path: Path, piece: int = 1 << 20) -> str:
     """CRC-32C of a file, 8 hex digits."""
     checksum = 0
     with path.open("rb") as file:

@@ -54,7 +54,7 @@ def create(path: str | os.PathLike, plan: Plan) -> Path:
     draft = folder.parent / f".{folder.name}.draft-{os.getpid()}"
     shutil.rmtree(draft, ignore_errors=True)
     try:
-        _lay_out(draft, plan)
+        lay_out(draft, plan)
         draft.rename(folder)
         files.sync_folder(folder.parent)
     except OSError as failure:
@@ -86,7 +86,8 @@ def load_plan(path: str | os.PathLike) -> Plan:
     return Plan.restore(stored["plan"], pl.read_parquet(folder / SAMPLES_FILE), stored["identity"])
 
 
-def _lay_out(draft: Path, plan: Plan) -> None:
+def lay_out(draft: Path, plan: Plan) -> None:
+    """Write, into the new folder ``draft``, everything that a store has before its first block."""
     attributes = {
         "format_version": FORMAT_VERSION,
         "identity": dict(plan.identity),

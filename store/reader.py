@@ -1,6 +1,5 @@
 """Opening a store: samples and tokens as tables, states and attention as lazy xarray, batches for training."""
 
-import functools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
@@ -16,7 +15,7 @@ import xarray as xr
 from store import bits, commits, files
 from store.errors import Refusal
 from store.layout import load_plan, table_file
-from store.plan import LAYER_SEMANTICS, ArrayPlan, Plan
+from store.plan import LAYER_SEMANTICS, Plan
 from store.shards import ShardReader
 from store.tokens import TOKEN_SCHEMA
 
@@ -47,6 +46,7 @@ class Store:
         self.path: Path = files.locate(path)
         self.plan: Plan = load_plan(path)
         self.commits, _ = commits.read(self.path)
+        self._readers: dict[str, ShardReader] = {}
         self.valid: np.ndarray = np.zeros(self.plan.n_samples, bool)
         for b, commit in self.commits.items():
             self.valid[self.plan.block(b)] = True
@@ -180,23 +180,18 @@ class Store:
 
     def reader(self, name: str) -> ShardReader:
         """The direct reader of array ``name``; for callers that want bits and own their buffers."""
-        return _reader(self.path, name)
+        if name not in self._readers:
+            self._readers[name] = ShardReader(self.path, self.plan.arrays[name], self.plan.rows(name))
+        return self._readers[name]
 
     def _dataset(self, group: str, layers: tuple[str, ...]) -> xr.Dataset:
         variables = {}
         for name, array in self.plan.arrays.items():
             if name.startswith(f"{group}/"):
-                lazy = _lazy(_StoredArray(self.path, array, self.plan.counts(name), self.valid), self.plan)
+                lazy = _lazy(_StoredArray(self.reader(name), self.plan.counts(name), self.valid), self.plan)
                 variables[name.split("/")[1]] = (array.dims, lazy, {"bits": array.bits})
         coordinates = {"sample": self.plan.samples["sample_id"].to_numpy(), "layer": np.array(layers, dtype=str)}
         return xr.Dataset(variables, coordinates if variables else {}, {"layer_semantics": LAYER_SEMANTICS})
-
-
-@functools.lru_cache(maxsize=32)
-def _reader(path: Path, name: str) -> ShardReader:
-    # By path and name, so that a task that Dask sends to another process finds its own.
-    plan = load_plan(path)
-    return ShardReader(path, plan.arrays[name], plan.rows(name))
 
 
 class _StoredArray:
@@ -204,9 +199,9 @@ class _StoredArray:
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, path: Path, array: ArrayPlan, counts: Mapping[str, np.ndarray], valid: np.ndarray):
-        self.path, self.array, self.counts, self.valid = path, array, counts, valid
-        self.shape = (*array.shape[:2], *array.unit)
+    def __init__(self, reader: ShardReader, counts: Mapping[str, np.ndarray], valid: np.ndarray):
+        self.reader, self.array, self.counts, self.valid = reader, reader.array, counts, valid
+        self.shape = (*self.array.shape[:2], *self.array.unit)
         self.ndim = len(self.shape)
 
     def __getitem__(self, key: tuple[int | slice, ...]) -> np.ndarray:
@@ -217,7 +212,7 @@ class _StoredArray:
         there = np.flatnonzero(self.valid[samples])
         if there.size and len(layers):
             read = out[there]
-            _reader(self.path, self.array.name).read_into(read, samples[there], layers)
+            self.reader.read_into(read, samples[there], layers)
             out[there] = read
         values = bits.to_float32(out)
         for dim, counts in self.counts.items():

@@ -41,7 +41,7 @@ class ShardBuilder:
         self.array = array
         self._encode = Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE, blocksize=BLOSC_BLOCK).encode
         self._map = pool.map if pool else map
-        self._chunks: dict[int, tuple[list[bytes], np.ndarray]] = {}
+        self._chunks: dict[int, tuple[list[bytes | memoryview], np.ndarray]] = {}
 
     def put(self, place: int, values_lr: np.ndarray) -> None:
         """Encode one sample, the ``place``-th of the shard.
@@ -54,18 +54,19 @@ class ShardBuilder:
         array = self.array
         rows = values_lr.shape[1]
         chunks = -(-rows // array.inner[2])
-        padded = np.full((len(array.layers), chunks * array.inner[2], *array.unit[1:]), array.fill, array.dtype)
+        padded = np.empty((len(array.layers), chunks * array.inner[2], *array.unit[1:]), array.dtype)
         padded[:, :rows] = values_lr
+        padded[:, rows:] = array.fill
         lengths = np.zeros((len(array.layers), array.chunks_per_unit), np.uint64)
         if array.codec == "none":
             lengths[:, :chunks] = array.chunk_bytes
-            self._chunks[place] = [padded.tobytes()], lengths
+            self._chunks[place] = [padded.reshape(-1).view(np.uint8).data], lengths
         else:
             encoded = [bytes(chunk) for chunk in self._map(self._encode, padded)]
             lengths[:, 0] = [len(chunk) for chunk in encoded]
             self._chunks[place] = encoded, lengths
 
-    def pieces(self) -> Iterator[bytes]:
+    def pieces(self) -> Iterator[bytes | memoryview]:
         """The file: chunks in C order, the index, its checksum."""
         array = self.array
         lengths = np.zeros((array.shard[0], len(array.layers), array.chunks_per_unit), np.uint64)
@@ -132,6 +133,10 @@ class ShardReader:
         self._indices: OrderedDict[int, np.ndarray] = OrderedDict()
         self._cached_shards, self._lock = cached_shards, threading.Lock()
         self._decode = Blosc().decode
+
+    def __reduce__(self) -> tuple:
+        # To another process of a Dask cluster goes what it takes to read, not the lock and what was read.
+        return ShardReader, (self.folder, self.array, self.rows, self._cached_shards)
 
     def read_into(self, out_slr: np.ndarray, samples: Sequence[int], layers: Sequence[int]) -> None:
         """Fill ``out_slr[i, j, :n]`` with the first ``n = min(rows, r)`` rows of sample i at layer j.

@@ -164,7 +164,7 @@ def _value_problems(
             counts = plan.counts(name)
             real = tuple(slice(int(counts[dim][sample])) if dim in counts else slice(None) for dim in array.dims[2:])
             values = np.ascontiguousarray(whole[0][(slice(None), *real)])
-            content.update(hashlib.blake2b(values.tobytes()).digest())
+            content.update(hashlib.blake2b(values.data).digest())
             for layer, values_r in zip(array.layers, values, strict=True):
                 if not bits.is_finite(values_r):
                     yield f"{name} of sample {sample} at layer {layer!r} is not finite"

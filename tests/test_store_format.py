@@ -148,6 +148,14 @@ def test_bfloat16_rounds_as_torch_does(values):
     np.testing.assert_array_equal(ours, torch.tensor(values, dtype=torch.float32).bfloat16().float().numpy())
 
 
+def test_a_lazy_array_survives_the_way_to_another_process(path):
+    from distributed.protocol import deserialize, serialize
+
+    image = store.open(path).hidden.image
+    again = deserialize(*serialize(image))
+    np.testing.assert_array_equal(again.values, image.values)
+
+
 def test_identity_and_format_version_are_in_the_attributes(path, plan):
     opened = store.open(path)
     assert opened.attrs["format_version"] == 1

@@ -15,6 +15,8 @@ import polars as pl
 import pytest
 
 import store
+from store.__main__ import COMMANDS
+from store.commandline import route
 from store.files import size_on_disk
 from store.synthetic import fill_block, synthetic_plan, synthetic_sample, synthetic_store
 
@@ -327,26 +329,43 @@ def command(*arguments):
     )
 
 
-def test_the_command_line_exits_0_only_for_a_whole_store(whole, plan, content_hash, tmp_path):
+def routed(capsys, *arguments):
+    """The command in this process: exit code, output, errors."""
+    with pytest.raises(SystemExit) as ended:
+        route("python -m store", "", COMMANDS, [str(argument) for argument in arguments])
+    return ended.value.code, *capsys.readouterr()
+
+
+def test_the_command_line_exits_0_only_for_a_whole_store(whole, plan, content_hash, tmp_path, capsys):
     done = command("verify", whole, "--json")
     found = json.loads(done.stdout)
     assert done.returncode == 0
     assert found["ok"] and found["samples"] == 20 and found["problems"] == [] and found["content_hash"] == content_hash
     part = synthetic_store(tmp_path / "part", plan, [1])
-    partial = command("verify", part)
-    assert partial.returncode == 1 and "NOT OK" in partial.stdout
-    absent = command("verify", tmp_path / "absent")
-    assert absent.returncode == 2 and absent.stderr.startswith("error: ") and "not a store" in absent.stderr
+    code, out, _ = routed(capsys, "verify", part)
+    assert code == 1 and "NOT OK" in out
+    code, _, err = routed(capsys, "verify", tmp_path / "absent")
+    assert code == 2 and err.startswith("error: ") and "not a store" in err
 
 
-def test_inspect_and_du_show_what_is_there(whole, plan):
-    shown = command("inspect", whole, "--sample", 5)
-    assert shown.returncode == 0 and "hidden/text" in shown.stdout and "made-4-00005" in shown.stdout
-    found = json.loads(command("du", whole, "--json").stdout)
+def test_repair_gives_damaged_blocks_back_and_mends_metadata(plan, copied, content_hash, capsys):
+    shard = copied / "hidden/text/c/1/0/0/0"
+    shard.write_bytes(b"?" + shard.read_bytes()[1:])
+    (copied / "hidden/image/zarr.json").write_text("{")
+    code, out, _ = routed(capsys, "repair", copied)
+    assert code == 1 and "2 of 3 blocks are whole" in out and store.pending(copied) == [1]
+    synthetic_store(copied, plan, [1])
+    assert store.verify(copied).ok and store.verify(copied).content_hash == content_hash
+    assert routed(capsys, "repair", copied)[0] == 0
+
+
+def test_inspect_and_du_show_what_is_there(whole, plan, capsys):
+    code, out, _ = routed(capsys, "inspect", whole, "--sample", 5)
+    assert code == 0 and "hidden/text" in out and "made-4-00005" in out
+    found = json.loads(routed(capsys, "du", whole, "--json")[1])
+    shards = [path for path in (whole / "hidden/text/c").rglob("0") if path.is_file()]
     assert found["hidden/image"]["raw"] == plan.bytes_raw()["hidden/image"]
-    assert found["hidden/text"]["disk"] == sum(
-        p.stat().st_size for p in (whole / "hidden/text/c").rglob("0") if p.is_file()
-    )
+    assert found["hidden/text"]["disk"] == sum(path.stat().st_size for path in shards)
 
 
 def test_a_finished_store_needs_no_more_space(whole, plan):
