@@ -1,6 +1,7 @@
 """Figure 1: localization error against training steps for every layer's proxy, and where they end [ABP Fig. 4]."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,7 @@ def draw(config: CurvesConfig) -> list[Path]:
     curves, final = curve_table(results), final_table(results, predictions)
     with style.styled():
         figure = Figure(figsize=(11, 5.2))
-        figure.subplots_adjust(left=0.065, right=0.895, top=0.78, bottom=0.12, wspace=0.42)
+        figure.subplots_adjust(left=0.065, right=0.895, top=0.78, bottom=0.12, wspace=0.45)
         left, right = figure.subplots(1, 2)
         draw_error(left, curves, final)
         draw_final(right, final)
@@ -136,20 +137,14 @@ def draw_error(axes: Axes, curves: pl.DataFrame, final: pl.DataFrame) -> None:
     axes.set_xlim(0, last)
     shown = np.array([value for value, *_ in ends] + [value for value, _ in floors])
     start = error.filter(pl.col("step") == 0)["value"].max()
-    axes.set_ylim(max(0, shown.min() * 0.85), max(start, shown.max()) * 1.04)
+    low, high = shown.min(), max(start, shown.max())
+    # Room above all curves, for the line that names the floors.
+    axes.set_ylim(max(0, low - 0.1 * (high - low)), high + 0.18 * (high - low))
     style.label_ends(axes, last, ends)
     if floors:
         names = ", ".join(label for _, label in sorted(floors, reverse=True))
-        height = max(value for value, _ in floors)
-        axes.annotate(
-            f"dotted: floors\n{names}",
-            (last * 0.98, height),
-            xytext=(0, 5),
-            textcoords="offset points",
-            ha="right",
-            fontsize=7.5,
-            color=style.QUIET,
-        )
+        place = {"xy": (0.99, 0.99), "xycoords": "axes fraction", "ha": "right", "va": "top"}
+        axes.annotate(f"dotted: floors, from the top\n{names}", **place, fontsize=7.5, color=style.QUIET)
     axes.set_xlabel("training step")
     axes.set_ylabel("error on test images, 0.6·L1 + 0.4·(1 − GIoU)")
     axes.set_title("Localization error while training")
@@ -170,7 +165,7 @@ def draw_final(axes: Axes, final: pl.DataFrame) -> None:
     for place, name in zip(places, layers, strict=True):
         draw_point(axes, place, rows[name], colours[name], "o")
     for row in final.filter(pl.col("role") == "prompt").to_dicts():
-        read = [place for place, name in enumerate(layers) if name in row["layer"].split("–")]
+        read = [place for place, name in enumerate(layers) if name in re.split("[–,]", row["layer"])]
         centre = np.mean(read) if read else len(layers) / 2
         if read:
             axes.plot([min(read), max(read)], [row["iou"]] * 2, color=style.ACCENT, lw=2, ls=(0, (4, 1.5)), zorder=3)

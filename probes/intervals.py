@@ -1,15 +1,18 @@
 """Bootstrap intervals over images: of a mean, and of a paired difference."""
 
+import functools
+
 import numpy as np
 
 DRAWS = 2000
 LEVEL = 0.95
 
 
+@functools.lru_cache(maxsize=4)
 def resamples(n: int, seed: int = 0, draws: int = DRAWS) -> np.ndarray:
     """Bootstrap weights (draws, n), float32: row r holds how often draw r took each image, over n.
 
-    The same weights serve every probe, so that differences between probes are paired.
+    Shared, so do not write into it. The same weights serve every probe, so that differences between probes are paired.
     """
     generator = np.random.default_rng(seed)
     return (generator.multinomial(n, np.full(n, 1 / n), size=draws) / n).astype(np.float32)

@@ -31,8 +31,11 @@ class Spec:
 
     @property
     def layer(self) -> str:
-        """The layers as one label: ``3``, or ``4–7`` for several."""
-        return self.layers[0] if len(self.layers) == 1 else f"{self.layers[0]}–{self.layers[-1]}"
+        """The layers as one label: ``3``, ``4–7`` for a run of blocks, ``2,9`` for others."""
+        blocks = [int(name) for name in blocks_of(self.layers)]
+        if len(self.layers) > 1 and blocks and blocks == list(range(blocks[0], blocks[0] + len(self.layers))):
+            return f"{blocks[0]}–{blocks[-1]}"
+        return ",".join(self.layers)
 
 
 def blocks_of(layers: Sequence[str]) -> list[str]:

@@ -1,5 +1,7 @@
 """Box arithmetic and the loss, against plain NumPy."""
 
+# ruff: noqa: D103 - a test's name says what it shows
+
 from itertools import pairwise
 
 import numpy as np

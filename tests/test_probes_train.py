@@ -1,5 +1,7 @@
 """A whole run on a small real store in whose middle the box is planted: what is learned, kept, resumed and refused."""
 
+# ruff: noqa: D103 - a test's name says what it shows
+
 import dataclasses
 import json
 import shutil
@@ -14,7 +16,7 @@ import store
 from probes.config import EvaluateConfig, ProbeConfig
 from probes.data import scenes
 from probes.evaluate import evaluate, final_table, read_run, verdict
-from probes.specs import middle_third, specs
+from probes.specs import Spec, middle_third, specs
 from probes.train import stacks, train
 from store.bits import from_float32
 
@@ -190,6 +192,13 @@ def test_the_presets_are_complete_and_the_paper_one_is_the_papers():
     assert (paper.batch, paper.steps, paper.warm_up, paper.l1_steps) == (64, 2000, 100, 100)
     assert None not in ProbeConfig("unused").settings.values()
     assert ProbeConfig("unused", preset="paper", steps=7).steps == 7
+
+
+def test_a_run_of_blocks_is_told_from_a_choice_of_layers():
+    labels = [
+        Spec("any", "prompt", layers, "text").layer for layers in (("3",), ("4", "5", "6"), ("2", "9"), ("embed", "0"))
+    ]
+    assert labels == ["3", "4–6", "2,9", "embed,0"]
 
 
 def test_the_middle_third_counts_blocks_only():
