@@ -1,5 +1,6 @@
 """``python -m probes train``: every proxy of a store, in stacks, each finished one on disk at once."""
 
+import contextlib
 import io
 import json
 import platform
@@ -26,7 +27,7 @@ from probes.learn import predict, train_stack
 from probes.qformer import take
 from probes.specs import Spec, specs
 from store.errors import Refusal
-from store.files import PARTIAL, readable, write_whole
+from store.files import readable, write_whole
 
 PROVENANCE = "probes.json"
 GB = 1e9
@@ -247,8 +248,10 @@ def gather(config: ProbeConfig, wanted: Sequence[Spec], found: Scenes) -> None:
         pl.concat(tables).write_parquet(buffer)
         size, _ = write(config.out, f"{name}.parquet", buffer.getvalue())
         print(f"{config.out / name}.parquet  {readable(size)}")
+    with contextlib.suppress(OSError):  # another run may be writing there
+        (config.out / trained.PARTIAL).rmdir()
 
 
 def write(out: Path, name: str, data: bytes) -> tuple[int, str]:
     """One file of the results, whole or not at all."""
-    return write_whole(out / name, [data], out / PARTIAL)
+    return write_whole(out / name, [data], out / trained.PARTIAL)

@@ -17,6 +17,8 @@ from store.errors import Refusal
 
 WEIGHTS = "proxy.safetensors"
 MAKING = "proxy.json"
+PARTIAL = ".partial"
+"""Folder of a run where files are written before they are renamed into place."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -81,7 +83,7 @@ def save(
 ) -> Path:
     """Write one proxy whole: its folder appears under its name only when all files are in it."""
     folder = folder_of(out, spec, seed)
-    draft = out / ".partial" / folder.name
+    draft = out / PARTIAL / folder.name
     shutil.rmtree(draft, ignore_errors=True)
     draft.mkdir(parents=True)
     save_file(weights, draft / WEIGHTS)

@@ -53,6 +53,7 @@ def made_up_run(folder, skill):
 def test_the_figure_comes_with_its_numbers_and_how_it_was_made(tmp_path):
     run = made_up_run(tmp_path / "run", {"layer-3": 0.8, "mid-prompt": 0.85})
     png, svg, csv, about = draw(CurvesConfig(run, tmp_path / "figures"))
+    assert {path.name for path in (tmp_path / "figures").iterdir()} == {p.name for p in (png, svg, csv, about)}
     picture = imread(png)
     assert picture.shape[0] > 900
     assert 0.01 < (picture[..., :3].mean(-1) < 0.9).mean() < 0.5  # drawn on, and not filled
