@@ -53,6 +53,7 @@ if TYPE_CHECKING:
     from store.commits import pending
     from store.errors import Refusal
     from store.files import check_space
+    from store.inspection import disk_usage
     from store.layout import create, load_plan
     from store.plan import Plan
     from store.reader import Store
@@ -66,6 +67,7 @@ _HOMES = {
     "Refusal": "errors",
     "check_space": "files",
     "create": "layout",
+    "disk_usage": "inspection",
     "load_plan": "layout",
     "Plan": "plan",
     "Store": "reader",
@@ -86,6 +88,7 @@ __all__ = [
     "Writer",
     "check_space",
     "create",
+    "disk_usage",
     "load_plan",
     "open",
     "pending",

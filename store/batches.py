@@ -34,6 +34,8 @@ class TokenChoice:
 
     def __init__(self, store: Store, tokens: str):
         self.arrays = {"image": ["image"], "text": ["text"], "all": ["image", "text"]}.get(tokens, ["text"])
+        if lacking := [name for name in self.arrays if name not in store.plan.kinds]:
+            raise Refusal(f"{store.path} keeps no states of {lacking[0]} tokens: it was planned for {store.plan.kinds}")
         self.counts = {name: store.plan.counts(f"hidden/{name}")["token"] for name in self.arrays}
         self.slots: np.ndarray | None = None
         if tokens in ("image", "text", "all"):

@@ -59,7 +59,7 @@ def describe(path: str | os.PathLike, sample: int | None = None) -> dict[str, An
 def _norms(store: Store, samples: np.ndarray) -> dict[str, dict[str, float]]:
     """Mean L2 norm of a token's state by layer and array."""
     norms: dict[str, dict[str, float]] = {layer: {} for layer in store.layers}
-    for kind in ("image", "text") if samples.size else ():
+    for kind in store.plan.kinds if samples.size else ():
         array = store.plan.arrays[f"hidden/{kind}"]
         counts = store.plan.counts(array.name)["token"][samples]
         real = np.arange(array.unit[0]) < counts[:, None]

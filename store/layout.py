@@ -21,6 +21,7 @@ from store.shards import BLOSC_BLOCK
 FORMAT_VERSION = 1
 
 PLAN_FILE = f"{files.RECORD}/plan.json"
+SET_ASIDE_FILE = f"{files.RECORD}/set_aside.parquet"
 SAMPLES_FILE = f"{files.RECORD}/samples.parquet"
 
 
@@ -29,11 +30,21 @@ def table_file(kind: str, block: int) -> str:
     return f"{files.RECORD}/{kind}/{block:05d}.parquet"
 
 
-def create(path: str | os.PathLike, plan: Plan) -> Path:
+def create(path: str | os.PathLike, plan: Plan, set_aside: pl.DataFrame | None = None) -> Path:
     """Make the store that ``plan`` describes, or find it there to go on with.
 
     Built beside its place and renamed into it, so that a partial one never looks whole. A store of the same
     identity and plan is left as it is.
+
+    Parameters
+    ----------
+    path
+        Folder of the store.
+    plan
+        What it will hold.
+    set_aside
+        What planning could not use, one row each with at least ``reason`` (and ``rows`` where one entry stands for
+        several); kept with the store, so that nothing is lost silently.
 
     Returns
     -------
@@ -55,6 +66,9 @@ def create(path: str | os.PathLike, plan: Plan) -> Path:
     shutil.rmtree(draft, ignore_errors=True)
     try:
         lay_out(draft, plan)
+        with (draft / SET_ASIDE_FILE).open("wb") as file:
+            (pl.DataFrame(schema={"reason": pl.String}) if set_aside is None else set_aside).write_parquet(file)
+            os.fsync(file.fileno())
         draft.rename(folder)
         files.sync_folder(folder.parent)
     except OSError as failure:

@@ -26,6 +26,7 @@ LAYER_SEMANTICS = (
     "embedding: block n is its entry n + 1, and its last entry is after the final norm."
 )
 
+KINDS = ("image", "text")
 ATTENTION = ("text_to_image", "text_to_text")
 
 
@@ -112,6 +113,8 @@ class Plan:
     """JSON-able: everything that determines the bytes (weights, processor, template, kernel, versions …)."""
     dtype: str = "bfloat16"
     """Hidden states as computed: bfloat16 (kept as its bits, uint16) or float32."""
+    kinds: tuple[str, ...] = KINDS
+    """Whose hidden states are kept: image tokens, all others (text), or both."""
     attention: tuple[str, ...] = ()
     """Attention rows to keep: any of text_to_image, text_to_text."""
     attention_layers: tuple[str, ...] = ()
@@ -145,6 +148,8 @@ class Plan:
         ):
             if value not in known:
                 raise Refusal(f"{name} {value!r} is not known: choose one of {', '.join(known)}")
+        if not self.kinds or not set(self.kinds) <= set(KINDS):
+            raise Refusal(f"kinds {self.kinds} must name at least one of {', '.join(KINDS)}")
         unknown = [name for name in self.attention if name not in ATTENTION]
         if unknown or bool(self.attention) != bool(self.attention_layers):
             raise Refusal(
@@ -231,7 +236,8 @@ class Plan:
         extent = {name: -(-count // TEXT_CHUNK) * TEXT_CHUNK for name, count in most.items()}
         tokens = max(extent["n_image"], extent["n_text"])
         arrays = {}
-        for kind, codec in (("image", self.codec), ("text", "none")):
+        for kind in self.kinds:
+            codec = self.codec if kind == "image" else "none"
             unit = (extent[f"n_{kind}"], self.width)
             # A compressed unit is one chunk (Blosc wants long runs, and padding compresses to nothing).
             rows = TEXT_CHUNK if codec == "none" else unit[0]
@@ -294,6 +300,7 @@ class Plan:
             "layers",
             "width",
             "dtype",
+            "kinds",
             "attention",
             "attention_layers",
             "attention_heads",

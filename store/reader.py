@@ -14,7 +14,7 @@ import xarray as xr
 
 from store import bits, commits, files
 from store.errors import Refusal
-from store.layout import load_plan, table_file
+from store.layout import SET_ASIDE_FILE, load_plan, table_file
 from store.plan import LAYER_SEMANTICS, Plan
 from store.shards import ShardReader
 from store.tokens import TOKEN_SCHEMA
@@ -95,6 +95,20 @@ class Store:
         kept = planned.drop([name for name in results.columns if name in planned.columns])
         indexed = kept.with_columns(sample=pl.int_range(pl.len(), dtype=pl.Int64))
         return indexed.join(results, on="sample", how="left", maintain_order="left").drop("sample")
+
+    @cached_property
+    def set_aside(self) -> pl.DataFrame:
+        """One row for all that could not be used: while planning (no row in ``samples``) and while extracting.
+
+        Columns ``reason``, ``rows`` (1 unless an entry stands for a whole file), ``sample_id`` where known, and what
+        else the planner brought.
+        """
+        ids = self.plan.samples["sample_id"]
+        found = [(ids[n], reason) for commit in self.commits.values() for n, reason in commit.set_aside.items()]
+        later = pl.DataFrame(found, schema={"sample_id": pl.String, "reason": pl.String}, orient="row")
+        both = pl.concat([pl.read_parquet(self.path / SET_ASIDE_FILE), later], how="diagonal_relaxed")
+        rows = pl.col("rows").fill_null(1) if "rows" in both.columns else pl.lit(1, pl.Int64)
+        return both.with_columns(rows.alias("rows"))
 
     @property
     def tokens(self) -> pl.LazyFrame:

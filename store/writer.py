@@ -104,9 +104,9 @@ class Block:
         self,
         sample: int,
         *,
-        image: np.ndarray,
-        text: np.ndarray,
         tokens: pl.DataFrame,
+        image: np.ndarray | None = None,
+        text: np.ndarray | None = None,
         text_to_image: np.ndarray | None = None,
         text_to_text: np.ndarray | None = None,
         values: Mapping[str, Any] | None = None,
@@ -119,6 +119,7 @@ class Block:
             Its row in the plan's samples table.
         image, text
             Hidden states ``[l, n_image, d]`` and ``[l, n_text, d]``: bfloat16 bits as uint16, or float32, as planned.
+            Each needed if and only if its kind is planned.
         tokens
             Its token table, see ``store.tokens``; needs ``position`` and ``kind``.
         text_to_image, text_to_text

@@ -1,7 +1,5 @@
 """Figure 1: its files, its title from the data, and labels that do not touch."""
 
-# ruff: noqa: D103 - a test's name says what it shows
-
 import json
 
 import numpy as np

@@ -1,5 +1,4 @@
 """Boxes that the model speaks: parsed under any words, brought to source pixels, the same alone and in a batch."""
-# ruff: noqa: D103 - a test is named as the sentence it checks
 
 import pytest
 import torch

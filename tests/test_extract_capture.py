@@ -1,5 +1,4 @@
 """Capture equals the stock classes: hidden states of every layer, and the attention rows of the instruction."""
-# ruff: noqa: D103 - a test is named as the sentence it checks
 
 import pytest
 import torch

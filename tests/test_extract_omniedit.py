@@ -1,5 +1,4 @@
 """Every row of a data set becomes a sample or is set aside with its place and a reason; nothing else happens."""
-# ruff: noqa: D103 - a test is named as the sentence it checks
 
 import io
 

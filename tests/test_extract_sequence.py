@@ -1,5 +1,4 @@
 """The conditioning sequence is the stock processor's, and the token table says truly what each token is."""
-# ruff: noqa: D103 - a test is named as the sentence it checks
 
 import polars as pl
 import pytest

@@ -1,7 +1,5 @@
 """Box arithmetic and the loss, against plain NumPy."""
 
-# ruff: noqa: D103 - a test's name says what it shows
-
 from itertools import pairwise
 
 import numpy as np

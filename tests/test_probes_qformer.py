@@ -1,7 +1,5 @@
 """The proxy: stacking changes nothing, one softmax over all keys, padding is not there."""
 
-# ruff: noqa: D103 - a test's name says what it shows
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """A whole run on a small real store in whose middle the box is planted: what is learned, kept, resumed and refused."""
 
-# ruff: noqa: D103 - a test's name says what it shows
-
 import dataclasses
 import json
 import shutil

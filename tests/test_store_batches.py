@@ -1,7 +1,5 @@
 """Batches and eager reads: the same values as stock zarr gives, in an order that a seed decides."""
 
-# ruff: noqa: D103 - a test's name says what it shows
-
 import numpy as np
 import pytest
 import torch

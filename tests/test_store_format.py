@@ -1,7 +1,5 @@
 """The store's bytes: what goes in comes out, for our readers and for stock zarr and xarray, without warnings."""
 
-# ruff: noqa: D103 - a test's name says what it shows
-
 import tempfile
 import warnings
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Kills, second writers, full disks and damage: a store is whole, or says what is not, or goes on to be whole."""
 
-# ruff: noqa: D103 - a test's name says what it shows
-
 import json
 import shutil
 import signal

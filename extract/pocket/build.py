@@ -1,5 +1,6 @@
 """The pocket model's parts: a real byte-level BPE tokenizer, Qwen's processor and chat template, a small config."""
 
+import json
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -71,7 +72,7 @@ def build_tokenizer() -> Qwen2Tokenizer:
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus(), trainer)
-    state = __import__("json").loads(tokenizer.to_str())["model"]
+    state = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in state["merges"]]
     return Qwen2Tokenizer(
         vocab=state["vocab"],

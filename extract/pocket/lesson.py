@@ -45,7 +45,8 @@ def describe(scene: Scene) -> str:
 class Batch:
     """One step's rows; all pictures share one grid, so shapes are rectangular. b picture, t token, v image token.
 
-    ``tokens`` int64 and ``weights`` float32 (b, t), a token's weight in the loss; ``positions`` int64 (3, b, t); ``visible`` bool (b, 1, t, t);
+    ``tokens`` int64 and ``weights`` float32 (b, t), a token's weight in the loss; ``positions`` int64 (3, b, t);
+    ``visible`` bool (b, 1, t, t), what a token attends to;
     ``prompt_ends`` int64 (branches, 2): row and column of each branch's last prompt token; ``branch_boxes`` float32
     (branches, 4) in the resized picture's unit square; ``branch_owner`` float32 (branches, v): share of the target
     object in each image token.
@@ -77,7 +78,9 @@ class Lesson:
 class Teacher:
     """Draws lessons; a lesson is a function of (seed, step) alone."""
 
-    def __init__(self, processor, seed: int, pictures: int, branches: int, hard_share: float, instruction_weight: float):
+    def __init__(
+        self, processor, seed: int, pictures: int, branches: int, hard_share: float, instruction_weight: float
+    ):
         self.processor = processor
         self.seed = seed
         self.pictures = pictures

@@ -12,6 +12,7 @@ import re
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -103,7 +104,10 @@ class Tutor(nn.Module):
         centre = torch.stack([column, row, column, row], -1).reshape(-1, 4) + 0.5
         losses["offset"] = F.smooth_l1_loss(offset[mask], (lesson.boxes * grid - centre)[mask], beta=0.2)
         answers = [*lesson.looks.unbind(-1), *lesson.ranks.unbind(-1)]
-        what = [F.cross_entropy(n.flatten(0, 1), a.flatten(), ignore_index=IGNORE) for n, a in zip(names, answers, strict=False)]
+        what = [
+            F.cross_entropy(n.flatten(0, 1), a.flatten(), ignore_index=IGNORE)
+            for n, a in zip(names, answers, strict=False)
+        ]
         losses["look"] = sum(what[:3])
         losses["rank"] = sum(w for w, a in zip(what[3:], answers[3:], strict=False) if (a != IGNORE).any())
         return losses
@@ -175,10 +179,12 @@ def losses_of(model, tutor: Tutor, lesson: Lesson, config: TrainConfig) -> dict[
         image_v = torch.arange(first, first + rows * columns)
         embeds = core.language_model.embed_tokens(batch.tokens)
         embeds = torch.cat([embeds[:, :first], features[: len(embeds)], embeds[:, first + rows * columns :]], 1)
+
+        def keep(_module, _given, output, index, states=states):
+            states[index] = output
+
         hooks = [
-            core.language_model.layers[index].register_forward_hook(
-                lambda _m, _i, out, index=index: states.__setitem__(index, out)
-            )
+            core.language_model.layers[index].register_forward_hook(partial(keep, index=index))
             for index in (config.early_layer, config.middle_layer)
         ]
         final = core.language_model(
@@ -247,7 +253,9 @@ def teacher_forced_iou(model, teacher: Teacher, steps: range) -> list[float]:
             said = model.lm_head(final).argmax(-1)
         for (row, column), truth in zip(batch.prompt_ends.tolist(), batch.branch_boxes, strict=True):
             numbers = re.findall(r"\d+", tokenizer.decode(said[row, column : column + 30]).partition("[")[2])[:4]
-            box = torch.tensor([float(n) for n in numbers]) / torch.tensor([width, height, width, height][: len(numbers)])
+            box = torch.tensor([float(n) for n in numbers]) / torch.tensor(
+                [width, height, width, height][: len(numbers)]
+            )
             found.append(box_iou(box[None], truth[None]).nan_to_num().item() if len(numbers) == 4 else 0.0)
     return found
 
@@ -259,9 +267,9 @@ def save_checkpoint(folder: Path, step: int, model, tutor, optimizers) -> None:
     for number, optimizer in enumerate(optimizers):
         for index, state in optimizer.state_dict()["state"].items():
             tensors |= {f"optimizer.{number}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
-    partial = folder / "checkpoint.partial"
-    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, partial, {"step": str(step)})
-    partial.replace(folder / "checkpoint.safetensors")
+    unfinished = folder / "checkpoint.partial"
+    save_file({k: v.contiguous().clone() for k, v in tensors.items()}, unfinished, {"step": str(step)})
+    unfinished.replace(folder / "checkpoint.safetensors")
 
 
 def load_checkpoint(folder: Path, model, tutor, optimizers) -> int:
@@ -307,7 +315,9 @@ def train(config: TrainConfig) -> None:
         prefetch_factor=8,
         worker_init_fn=lambda _: torch.set_num_threads(1),
     )
-    (config.out / "config.json").write_text(json.dumps(asdict(config) | {"losses": LOSS_WEIGHTS}, default=str, indent=1))
+    (config.out / "config.json").write_text(
+        json.dumps(asdict(config) | {"losses": LOSS_WEIGHTS}, default=str, indent=1)
+    )
     bar = tqdm(lessons, initial=start, total=config.steps, unit="step", mininterval=5)
     began = time.time()
     averages: dict[str, float] = {}
@@ -327,7 +337,8 @@ def train(config: TrainConfig) -> None:
                 optimizer.step()
                 optimizer.zero_grad()
             for name, loss in losses.items():
-                averages[name] = 0.95 * averages.get(name, float(loss)) + 0.05 * float(loss)
+                value = float(loss.detach())
+                averages[name] = 0.95 * averages.get(name, value) + 0.05 * value
             if (step + 1) % config.checkpoint_every == 0 or step + 1 == config.steps:
                 ious = teacher_forced_iou(model, unseen, range(2))
                 hits = sum(iou >= 0.5 for iou in ious) / len(ious)

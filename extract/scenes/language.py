@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from extract.scenes.layout import Arrangement
-from extract.scenes.shapes import COLOURS, KINDS, PLURALS, TEXTURES
+from extract.scenes.shapes import PLURALS
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
 ORDINALS = ("first", "second", "third", "fourth", "fifth", "sixth", "seventh", "eighth", "ninth")
@@ -57,7 +57,9 @@ def by_position(arrangement: Arrangement, index: int, noun: str) -> list[str]:
 def _in_grid(ranks: dict[str, int], shape: tuple[int, int], noun: str) -> list[str]:
     rows, columns = shape
     row, column = ranks["top"], ranks["left"]
-    row_names = [f"{ORDINALS[row]} row"] + (["top row"] if row == 0 else []) + (["bottom row"] if row == rows - 1 else [])
+    row_names = (
+        [f"{ORDINALS[row]} row"] + (["top row"] if row == 0 else []) + (["bottom row"] if row == rows - 1 else [])
+    )
     column_names = [f"the {ORDINALS[column]} {noun} from the left"]
     if column >= columns // 2:
         column_names += [f"the {ORDINALS[columns - 1 - column]} {noun} from the right"]
@@ -162,4 +164,3 @@ def description(kinds: list[str], colours: list[str], layout: str, background: s
     if wish.task == "removal":
         return f"{scene} {subject} is removed."
     return f"{scene} {subject} becomes {a(thing) if wish.task == 'swap' else thing}."
-

@@ -67,7 +67,9 @@ def _ring(rng: np.random.Generator, count: int, width: int, height: int) -> Arra
 
 def _grid(rng: np.random.Generator, count: int, width: int, height: int) -> Arrangement:
     shapes = [(r, c) for r in (2, 3) for c in (2, 3, 4) if r * c <= count]
-    shapes = [s for s in shapes if s[0] * s[1] == max(r * c for r, c in shapes)] + [s for s in shapes if s[0] * s[1] >= 4]
+    shapes = [s for s in shapes if s[0] * s[1] == max(r * c for r, c in shapes)] + [
+        s for s in shapes if s[0] * s[1] >= 4
+    ]
     rows, columns = shapes[rng.integers(len(shapes))]
     if (width < height) != (columns < rows) and rows != columns and columns <= 3:
         rows, columns = columns, rows

@@ -112,7 +112,9 @@ def _other(rng: np.random.Generator, names: tuple[str, ...], taken: str) -> str:
 def make_wish(rng: np.random.Generator, task: str, thing: Thing | None, target: int | None) -> Wish:
     """A random wish of this task about ``thing`` (None for tasks about the whole picture)."""
     if task == "swap":
-        return Wish(task, target, _other(rng, shapes.KINDS, thing.kind), _other(rng, tuple(shapes.COLOURS), thing.colour))
+        return Wish(
+            task, target, _other(rng, shapes.KINDS, thing.kind), _other(rng, tuple(shapes.COLOURS), thing.colour)
+        )
     if task == "attribute_modification":
         if rng.random() < 0.25:
             return Wish(task, target, texture=_other(rng, shapes.TEXTURES[1:], thing.texture))
@@ -294,4 +296,6 @@ def restyle(picture: Image.Image, style: str) -> Image.Image:
     if style == "pixel art":
         small = picture.reduce(8)
         return small.resize(picture.size, Image.Resampling.NEAREST)
-    return ImageOps.invert(ImageOps.autocontrast(ImageOps.grayscale(picture).filter(ImageFilter.FIND_EDGES))).convert("RGB")
+    return ImageOps.invert(ImageOps.autocontrast(ImageOps.grayscale(picture).filter(ImageFilter.FIND_EDGES))).convert(
+        "RGB"
+    )

@@ -18,6 +18,7 @@ from store.errors import Refusal
 ROWS_PER_SHARD = 512
 ROWS_PER_GROUP = 64
 JPEG_QUALITY = 95
+LABEL = "scenes.json"
 
 _WHOLE = datasets.Value("int64")
 _MASK = {"size": datasets.List(_WHOLE), "counts": datasets.List(_WHOLE)}
@@ -126,6 +127,26 @@ def row_of(scene: Scene) -> dict:
     }
 
 
+def shard_paths(config: ScenesConfig) -> list[Path]:
+    """Where the shards of a set of scenes lie."""
+    shards = -(-config.samples // ROWS_PER_SHARD)
+    return [config.out / f"train-{shard:05d}-of-{shards:05d}.parquet" for shard in range(shards)]
+
+
+def settings_of(config: ScenesConfig) -> dict:
+    """What decides the rows: all settings but the folder."""
+    return {name: value for name, value in asdict(config).items() if name != "out"}
+
+
+def is_unfinished(config: ScenesConfig) -> bool:
+    """Whether the folder is missing, empty, or holds exactly these scenes in part."""
+    label = config.out / LABEL
+    if not label.exists():
+        return not any(config.out.glob("*.parquet"))
+    ours = json.loads(label.read_text()) == settings_of(config)
+    return ours and not all(path.exists() for path in shard_paths(config))
+
+
 def write_scenes(config: ScenesConfig) -> None:
     """Draw scenes and write them as parquet shards; see `ScenesConfig`.
 
@@ -137,19 +158,20 @@ def write_scenes(config: ScenesConfig) -> None:
     if config.difficulty not in DIFFICULTIES:
         raise Refusal(f"--difficulty {config.difficulty!r} is not one of {', '.join(DIFFICULTIES)}")
     if config.samples < 1 or config.seed < 0:
-        raise Refusal(f"--samples {config.samples} and --seed {config.seed}: samples must be 1 or more, the seed 0 or more")
-    wanted = {k: v for k, v in asdict(config).items() if k != "out"}
-    label = config.out / "scenes.json"
+        raise Refusal(
+            f"--samples {config.samples} and --seed {config.seed}: samples must be 1 or more, the seed 0 or more"
+        )
+    wanted = settings_of(config)
+    label = config.out / LABEL
     if label.exists() and (held := json.loads(label.read_text())) != wanted:
         raise Refusal(f"--out {config.out} holds other scenes ({held}); give another folder or delete it")
     if not label.exists() and config.out.exists() and any(config.out.glob("*.parquet")):
         raise Refusal(f"--out {config.out} holds parquet files that are not scenes; give another folder")
     config.out.mkdir(parents=True, exist_ok=True)
     label.write_text(json.dumps(wanted))
-    shards = -(-config.samples // ROWS_PER_SHARD)
+    paths = shard_paths(config)
     with tqdm(total=config.samples, unit="scene", desc="scenes") as bar:
-        for shard in range(shards):
-            path = config.out / f"train-{shard:05d}-of-{shards:05d}.parquet"
+        for shard, path in enumerate(paths):
             indices = range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, config.samples))
             if not path.exists():
                 partial = path.with_suffix(".partial")
@@ -163,4 +185,5 @@ def write_scenes(config: ScenesConfig) -> None:
             else:
                 bar.update(len(indices))
     size = sum(f.stat().st_size for f in config.out.glob("*.parquet")) / 1e6
-    print(f"{config.samples} {config.difficulty} scenes of seed {config.seed} in {shards} shards, {size:.0f} MB: {config.out}")
+    scenes = f"{config.samples} {config.difficulty} scenes of seed {config.seed}"
+    print(f"{scenes} in {len(paths)} shards, {size:.0f} MB: {config.out}")

@@ -1,0 +1,60 @@
+# The whole study by name. `make extract probe figures` on a fresh machine goes from nothing to the first curve.
+# Variables: PRESET=pocket|paper  STORE=folder  DATA=folder or hub id  PROBES=folder  FIGURES=folder  PYTHON=3.12
+.DEFAULT_GOAL := help
+SHELL := /bin/bash
+
+PYTHON ?= >=3.11
+VENV := .venv
+RUN := $(VENV)/bin/python
+PRESET ?= auto
+STORE ?=
+DATA ?=
+PROBES ?= runs/probes
+FIGURES ?= figures
+STORE_READ := $(or $(STORE),data/store.zarr)
+
+.PHONY: help setup test test-slow extract probe figures bench lint pocket clean
+
+help: ## Show what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+
+setup: $(VENV)/.ready ## Make .venv with everything pinned (gets uv if it is missing)
+
+# Without uv on the path one is put into a folder of its own; nothing outside this folder is touched.
+UV = $(or $(shell command -v uv),.uv/bin/uv)
+
+.uv/bin/uv:
+	python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv
+
+$(VENV)/.ready: pyproject.toml constraints.txt | $(filter .uv/bin/uv,$(UV))
+	$(UV) venv --quiet --allow-existing --python '$(PYTHON)' $(VENV)
+	$(UV) pip install --quiet --python $(VENV) --constraint constraints.txt --group dev --editable .
+	@touch $@
+
+extract: setup ## Pictures and instructions -> a verified store of hidden states (PRESET, DATA, STORE, ARGS)
+	$(RUN) -m extract --preset $(PRESET) $(if $(DATA),--data $(DATA)) $(if $(STORE),--store $(STORE)) $(ARGS)
+
+probe: setup ## Train the proxies of every layer, and their floors, from the store
+	$(RUN) -m probes train --store $(STORE_READ) --out $(PROBES) $(ARGS)
+
+figures: setup ## Draw the localization curves
+	$(RUN) -m analysis curves --probes $(PROBES) --out $(FIGURES)
+
+test: setup ## Run the tests (offline, under ten minutes)
+	$(RUN) -m pytest -q
+
+test-slow: setup ## Run the minutes-long tests as well
+	$(RUN) -m pytest -q -m slow
+
+bench: setup ## Print the table of ratios against named baselines
+	$(RUN) -m bench
+
+lint: setup ## Format and check
+	$(RUN) -m ruff format --check .
+	$(RUN) -m ruff check .
+
+pocket: setup ## Train the pocket model again from scratch (about two hours on one core)
+	$(RUN) -m extract.pocket train
+
+clean: ## Remove what was computed (data, runs, figures); the environment stays
+	rm -rf data runs figures

@@ -1,0 +1,113 @@
+"""What an extraction is asked to do: one dataclass, and the two presets of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+POCKET = "pocket"
+PAPER = "paper"
+SCENES_SEED = 1
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Run a vision-language model once over (picture, instruction) and keep its hidden states and attention rows.
+
+    The store is laid out whole before the first pass, filled block by block and verified at the end. An interrupted
+    run is taken up by the same command; a store of other settings is never written to.
+    """
+
+    preset: Literal["auto", "pocket", "paper"] = "auto"
+    """Where the other options' defaults come from; auto: paper on a machine with CUDA, pocket elsewhere."""
+    model: str = POCKET
+    """A folder with a Qwen2.5-VL checkpoint in safetensors, a hub id, or ``pocket`` for the one shipped here."""
+    revision: str | None = None
+    """Revision of the hub id."""
+    data: str = "data/scenes"
+    """Folder of parquet shards in OmniEdit's columns, one shard, or a hub id (streamed). The pocket preset's own
+    folder is drawn if it is missing."""
+    store: Path = Path("data/store.zarr")
+    """Folder of the store (made if missing)."""
+    limit: int | None = 4096
+    """Number of good samples to take; the data are read until so many are found or they end."""
+    prompt: Literal["first", "last", "random"] = "first"
+    """Which of a row's instructions: the first, the last, or one drawn from the seed."""
+    shuffle: bool = False
+    """Read the data in a random order (OmniEdit is sorted by task)."""
+    seed: int = 0
+    """Seed of the random prompt, the shuffling and the held-out split."""
+    min_area: float = 0.001
+    """Smallest box kept, as a share of the picture."""
+    max_area: float = 0.9
+    """Largest box kept, as a share of the picture."""
+    held_out: float = 0.25
+    """Share of the samples whose split is ``test``, chosen by their ids."""
+    layers: str = "all"
+    """``all`` (embed, every block, final) or a list such as ``embed,5,6,final``."""
+    tokens: Literal["all", "text"] = "all"
+    """Keep the states of all tokens, or of the prompt's (instruction and template) only."""
+    attention: Literal["none", "mean", "heads"] = "mean"
+    """The instruction's attention rows of every kept block: none, averaged over heads, or each head's."""
+    positions: Literal["mrope", "sequential"] = "mrope"
+    """Position ids: the model's 3-D ones, or 0 … t-1 (what a caller gets who forgets ``mm_token_type_ids``)."""
+    max_pixels: int | None = None
+    """Area in pixels above which pictures are shrunk; the checkpoint's own processor setting where not given."""
+    vlm_boxes: bool = True
+    """Also ask the model for the box by generating; the answer is kept beside the sample. Samples whose data bring no
+    box get this one as their true box, and the area filter applies to it."""
+    max_new_tokens: int = 400
+    """Longest answer when asked for the box."""
+    codec: Literal["zstd", "none"] = "zstd"
+    """Lossless compression of image states and attention; prompt states are kept raw, they are small."""
+    batch_size: int = 32
+    """Samples a pass."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where the model runs; auto: cuda if there is one."""
+    threads: int | None = None
+    """Torch threads on a CPU; torch's own choice where not given. One is best for models as small as the pocket one:
+    two that have to share a busy core can be thirty times slower."""
+    worker: str = "0"
+    """Name of this process's commit log; processes that fill one store at the same time need different ones."""
+    dry_run: bool = False
+    """Only say what would be written and how large it would be."""
+
+
+PRESETS: dict[str, ExtractConfig] = {
+    POCKET: ExtractConfig(preset=POCKET, max_new_tokens=40, threads=1),
+    PAPER: ExtractConfig(
+        preset=PAPER,
+        model="Qwen/Qwen2.5-VL-7B-Instruct",
+        data="TIGER-Lab/OmniEdit-Filtered-1.2M",
+        store=Path("data/store-paper.zarr"),
+        limit=128_000,
+        shuffle=True,
+        tokens="text",
+        batch_size=8,
+    ),
+}
+
+ABOUT_PRESETS = """
+Presets:
+  pocket  the shipped 4-million-parameter Qwen2.5-VL over 4,096 scenes drawn here; minutes on any laptop
+  paper   Qwen/Qwen2.5-VL-7B-Instruct over TIGER-Lab/OmniEdit-Filtered-1.2M, 128,000 samples; one CUDA GPU
+"""
+
+
+def choose_preset(argv: Sequence[str]) -> tuple[ExtractConfig, str]:
+    """The preset that ``argv`` asks for (or the machine, for auto), and one line that says which and why."""
+    asked = "auto"
+    for number, argument in enumerate(argv):
+        if argument == "--preset" and number + 1 < len(argv):
+            asked = argv[number + 1]
+        elif argument.startswith("--preset="):
+            asked = argument.partition("=")[2]
+    if asked in PRESETS:
+        return PRESETS[asked], f"preset {asked}: asked for"
+    if torch.cuda.is_available():
+        return PRESETS[
+            PAPER
+        ], f"preset paper: this machine has CUDA ({torch.cuda.get_device_name()}); PRESET=pocket overrides"
+    return PRESETS[POCKET], "preset pocket: this machine has no CUDA device; PRESET=paper overrides"

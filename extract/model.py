@@ -1,0 +1,102 @@
+"""Finding a checkpoint, loading it, and saying exactly what it is."""
+
+import hashlib
+import json
+from functools import cache
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+import transformers
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+
+from extract.config import POCKET, ExtractConfig
+from extract.pocket.build import WEIGHTS
+from store.errors import Refusal
+
+ATTENTION_KERNEL = "sdpa"
+LIBRARIES = ("torch", "torchvision", "transformers", "tokenizers", "pillow")
+CHECKPOINT_FILES = ["*.json", "*.safetensors", "*.txt", "*.jinja"]
+
+
+def find_checkpoint(model: str, revision: str | None = None) -> Path:
+    """The folder of a checkpoint: ``pocket``, a local folder, or a hub id (downloaded to the hub's own cache).
+
+    Raises
+    ------
+    Refusal
+        It is none of these, or holds no Qwen2.5-VL in safetensors.
+    """
+    folder = WEIGHTS if model == POCKET else Path(model).expanduser()
+    if not folder.is_dir():
+        try:
+            folder = Path(snapshot_download(model, revision=revision, allow_patterns=CHECKPOINT_FILES))
+        except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise Refusal(
+                f"--model {model!r} is neither 'pocket', a folder here nor a model that the hub gives: {reason}"
+            ) from error
+    try:
+        kind = AutoConfig.from_pretrained(folder).model_type
+    except (OSError, ValueError) as error:
+        raise Refusal(f"--model {model!r}: {folder} has no config.json that transformers reads") from error
+    if kind != "qwen2_5_vl":
+        raise Refusal(f"--model {model!r} is a {kind}; this version extracts from Qwen2.5-VL (qwen2_5_vl)")
+    if not any(folder.glob("*.safetensors")):
+        raise Refusal(f"--model {model!r}: {folder} holds no *.safetensors (pickled weights are never read)")
+    return folder
+
+
+def load_processor(folder: Path, max_pixels: int | None = None) -> Qwen2_5_VLProcessor:
+    """The checkpoint's processor, shrinking pictures to ``max_pixels`` where that is given."""
+    processor = Qwen2_5_VLProcessor.from_pretrained(folder)
+    if max_pixels is not None:
+        size = dict(processor.image_processor.size)
+        processor.image_processor.size = size | {
+            "longest_edge": max_pixels,
+            "shortest_edge": min(size["shortest_edge"], max_pixels),
+        }
+    return processor
+
+
+def load_model(folder: Path, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
+    """The checkpoint in bfloat16 on ``device``, in evaluation mode."""
+    transformers.utils.logging.disable_progress_bar()
+    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+        folder, dtype=torch.bfloat16, attn_implementation=ATTENTION_KERNEL, use_safetensors=True
+    )
+    return model.to(device).eval()
+
+
+@cache
+def file_hash(path: Path) -> str:
+    """The sha256 (hex) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def identity(folder: Path, processor, template: str, config: ExtractConfig, device: torch.device) -> dict:
+    """Everything that determines the bytes of the states, JSON-able; two stores of one identity may be joined."""
+    image = processor.image_processor
+    settings = ("size", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")
+    described = {name: getattr(image, name) for name in settings}
+    described["size"] = {edge: int(described["size"][edge]) for edge in ("shortest_edge", "longest_edge")}
+    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+    return {
+        "model": config.model if config.model == POCKET or not Path(config.model).exists() else Path(config.model).name,
+        "revision": config.revision,
+        "weights": {name: file_hash(folder / name) for name in names},
+        "tokenizer": file_hash(folder / "tokenizer.json"),
+        "processor": json.loads(json.dumps(described, default=lambda v: list(v) if isinstance(v, tuple) else str(v))),
+        "template": template,
+        "positions": config.positions,
+        "attention_kernel": ATTENTION_KERNEL,
+        "dtype": "bfloat16",
+        "device": device.type,
+        # Padding and the split of work over threads change the last bit of a sum.
+        "batch_size": config.batch_size,
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "libraries": {name: version(name) for name in LIBRARIES},
+    }

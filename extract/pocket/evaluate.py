@@ -1,0 +1,137 @@
+"""How often the pocket model's generated box is right on fresh scenes, beside the floors that need no model."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from torchvision.ops import box_iou
+from tqdm import tqdm
+from transformers import Qwen2_5_VLForConditionalGeneration
+
+from extract.boxes import generate_boxes
+from extract.model import load_model, load_processor
+from extract.pocket.build import WEIGHTS
+from extract.prompts import GROUND_TEMPLATE
+from extract.scenes.scene import DIFFICULTIES, draw_scene
+from extract.scenes.shards import row_of
+from extract.sequence import Conditioner
+from store.errors import Refusal
+
+HIT = 0.5  # IoU from which a box counts as right [ABP §4.1]
+MEAN_BOX_SCENES = 1000
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Ask the pocket model for boxes on fresh scenes and score them, beside centre box, mean box and random weights."""
+
+    samples: int = 1000
+    """Scenes with a box to draw."""
+    seed: int = 7
+    """Seed of the scenes; training used seed 20001."""
+    difficulty: str = "hard"
+    """easy, medium or hard."""
+    model: Path = WEIGHTS
+    """Folder of the model; the shipped weights by default."""
+    batch_size: int = 50
+    """Scenes decoded together."""
+    untrained: bool = True
+    """Also score the same architecture with random weights."""
+    threads: int = 1
+    """Torch threads."""
+    json: bool = False
+    """Print one JSON object instead of a table."""
+
+
+@dataclass(frozen=True)
+class Held:
+    """A fresh scene as the model gets it: the encoded picture decoded again, the instruction, the true box."""
+
+    image: Image.Image
+    instruction: str
+    box: tuple[float, ...]
+
+
+def fresh_scenes(samples: int, seed: int, difficulty: str) -> list[Held]:
+    """The first ``samples`` scenes of ``seed`` that have a box."""
+    held, index = [], 0
+    while len(held) < samples:
+        row = row_of(draw_scene(seed, index, difficulty))
+        index += 1
+        if row["box"] is not None:
+            image = Image.open(BytesIO(row["src_img"]["bytes"])).convert("RGB")
+            held.append(Held(image, row["edited_prompt_list"][0], tuple(row["box"])))
+    return held
+
+
+def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
+    """The 95 % score interval of a share (Wilson 1927)."""
+    share = hits / n
+    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
+    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
+
+
+def score(boxes: Sequence[Sequence[float] | None], held: Sequence[Held]) -> dict[str, float]:
+    """Share of boxes with IoU of at least one half, its interval, mean IoU, share of answers without a box."""
+    truth = torch.tensor([h.box for h in held])
+    given = torch.tensor([box or (0.0, 0.0, 0.0, 0.0) for box in boxes], dtype=torch.float32)
+    ious = box_iou(given, truth).diagonal().nan_to_num()
+    hits = int((ious >= HIT).sum())
+    low, high = wilson(hits, len(held))
+    missing = sum(box is None for box in boxes) / len(held)
+    return {"iou50": hits / len(held), "low": low, "high": high, "mean_iou": float(ious.mean()), "no_box": missing}
+
+
+def ask(model, processor, held: Sequence[Held], batch_size: int, name: str) -> list:
+    """The model's boxes for all scenes; scenes of one grid are decoded together."""
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model)
+    order = sorted(range(len(held)), key=lambda i: held[i].image.size)
+    boxes: list = [None] * len(held)
+    for first in tqdm(range(0, len(order), batch_size), desc=name, unit="batch"):
+        chosen = order[first : first + batch_size]
+        pairs = [(held[i].image, held[i].instruction) for i in chosen]
+        for i, answer in zip(chosen, generate_boxes(model, conditioner, pairs, max_new_tokens=40), strict=True):
+            boxes[i] = answer.box
+    return boxes
+
+
+def evaluate(config: EvaluateConfig) -> None:
+    """Score the model and the floors and print them; see `EvaluateConfig`."""
+    if config.difficulty not in DIFFICULTIES:
+        raise Refusal(f"--difficulty {config.difficulty!r} is not one of {', '.join(DIFFICULTIES)}")
+    if not any(config.model.glob("*.safetensors")):
+        raise Refusal(f"--model {config.model} holds no *.safetensors; `python -m extract.pocket train` makes them")
+    torch.set_num_threads(config.threads)
+    held = fresh_scenes(config.samples, config.seed, config.difficulty)
+    others = fresh_scenes(MEAN_BOX_SCENES, config.seed + 1, config.difficulty)
+    sizes = np.array([h.image.size * 2 for h in held], np.float32)
+    mean = np.mean([np.array(h.box) / np.array(h.image.size * 2) for h in others], axis=0)
+    extent = np.sqrt(np.mean([(h.box[2] - h.box[0]) * (h.box[3] - h.box[1]) / np.prod(h.image.size) for h in others]))
+    centre = np.array([0.5 - extent / 2] * 2 + [0.5 + extent / 2] * 2)
+    processor = load_processor(config.model)
+    model = load_model(config.model, torch.device("cpu"))
+    results = {
+        "model": score(ask(model, processor, held, config.batch_size, "model"), held),
+        "centre box": score((centre * sizes).tolist(), held),
+        "mean box": score((mean * sizes).tolist(), held),
+    }
+    if config.untrained:
+        torch.manual_seed(0)
+        blank = Qwen2_5_VLForConditionalGeneration(model.config).to(torch.bfloat16).eval()
+        results["untrained"] = score(ask(blank, processor, held, config.batch_size, "untrained"), held)
+    if config.json:
+        print(
+            json.dumps({"samples": len(held), "seed": config.seed, "difficulty": config.difficulty, "scores": results})
+        )
+        return
+    print(f"{len(held)} fresh {config.difficulty} scenes of seed {config.seed}")
+    print(f"{'':12} {'IoU ≥ 0.5':>10} {'95 % interval':>18} {'mean IoU':>9} {'no box':>7}")
+    for name, r in results.items():
+        interval = f"[{r['low']:.3f}, {r['high']:.3f}]"
+        print(f"{name:12} {r['iou50']:10.3f} {interval:>18} {r['mean_iou']:9.3f} {r['no_box']:7.3f}")

@@ -1,0 +1,308 @@
+"""The extraction itself: plan → one pass over every sample → verified store, with a bar, a summary and resumption."""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import polars as pl
+import torch
+from torch import nn
+from tqdm import tqdm
+
+import store
+from extract.boxes import Box, generate_boxes
+from extract.capture import EMBED, FINAL, single_pass
+from extract.config import POCKET, PRESETS, SCENES_SEED, ExtractConfig
+from extract.model import find_checkpoint, identity, load_model, load_processor
+from extract.omniedit import AREA, BadSample, Sample
+from extract.planning import read_plan, read_samples, reasons_of
+from extract.prompts import GROUND_TEMPLATE, editing_template
+from extract.sequence import Conditioner
+from store.errors import Refusal
+
+BOX_COLUMNS = ("x1", "y1", "x2", "y2")
+NO_BOX = "the model gave no box"
+
+
+@dataclass
+class Clock:
+    """Seconds spent in each stage."""
+
+    seconds: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+
+    @contextmanager
+    def __call__(self, stage: str) -> Iterator[None]:
+        """Add the time within ``with`` to ``stage``."""
+        began = time.perf_counter()
+        try:
+            yield
+        finally:
+            self.seconds[stage] += time.perf_counter() - began
+
+
+@dataclass(frozen=True)
+class Extractor:
+    """A loaded model with its two ways of being asked: as condition encoder, and for the box."""
+
+    config: ExtractConfig
+    model: nn.Module
+    conditioner: Conditioner
+    grounder: Conditioner
+    layers: tuple[str, ...]
+    clock: Clock
+
+    def ask_boxes(self, pairs: Sequence[tuple]) -> list[Box | None]:
+        """The model's own boxes, in source pixels; None where its answer holds none."""
+        with self.clock("boxes"):
+            answers = generate_boxes(self.model, self.grounder, pairs, self.config.max_new_tokens)
+        return [answer.box for answer in answers]
+
+    def encode(self, pairs: Sequence[tuple], names: Sequence[str]) -> list[dict]:
+        """States, attention rows and token tables of a batch, as `store.Writer`'s ``add`` takes them, per sample."""
+        with self.clock("prepare"):
+            batch = self.conditioner.batch(pairs)
+            tables = self.conditioner.tokens(batch, names).partition_by("sample", maintain_order=True)
+            batch = batch.to(self.model.device)
+        rows = None if self.config.attention == "none" else self.config.attention
+        with self.clock("forward"):
+            done = single_pass(self.model, batch.inputs, self.layers, rows, batch.query_mask if rows else None)
+            hidden_lbtd = done.hidden.cpu().view(torch.uint16).numpy()
+            rows_bt = None if done.rows is None else done.rows.cpu().numpy()
+        given = []
+        for number, table in enumerate(tables):
+            image, text = (mask[number].cpu().numpy() for mask in (batch.image_mask, batch.text_mask))
+            one = {"text": hidden_lbtd[:, number, text], "tokens": table.drop("sample")}
+            if self.config.tokens == "all":
+                one["image"] = hidden_lbtd[:, number, image]
+            if rows_bt is not None:
+                own = rows_bt[number][..., : int(batch.query_mask[number].sum()), :]
+                one |= {"text_to_image": own[..., image], "text_to_text": own[..., text]}
+            given.append(one)
+        return given
+
+
+def wanted_layers(config: ExtractConfig, blocks: int) -> tuple[str, ...]:
+    """The layers that ``--layers`` names, for a model of so many decoder blocks, in the model's order."""
+    every = (EMBED, *map(str, range(blocks)), FINAL)
+    if config.layers == "all":
+        return every
+    asked = [name.strip() for name in config.layers.split(",")]
+    if unknown := [name for name in asked if name not in every]:
+        raise Refusal(f"--layers names {unknown[0]!r}; this model has {', '.join(every)}")
+    return tuple(name for name in every if name in asked)
+
+
+def make_plan(config: ExtractConfig, folder: Path, device: torch.device) -> tuple[store.Plan, pl.DataFrame]:
+    """Lay the store out on paper: every sample with its token counts, and what was set aside."""
+    from transformers import AutoConfig
+
+    text = AutoConfig.from_pretrained(folder).text_config
+    processor = load_processor(folder, config.max_pixels)
+    template = editing_template()
+    layers = wanted_layers(config, text.num_hidden_layers)
+    samples, set_aside = read_plan(config, Conditioner(processor, template, config.positions))
+    rows = config.attention != "none"
+    plan = store.Plan(
+        layers=layers,
+        width=text.hidden_size,
+        samples=samples,
+        identity=identity(folder, processor, template, config, device),
+        kinds=("image", "text") if config.tokens == "all" else ("text",),
+        attention=("text_to_image", "text_to_text") if rows else (),
+        attention_layers=tuple(name for name in layers if name.isdecimal()) if rows else (),
+        attention_heads=text.num_attention_heads if config.attention == "heads" else None,
+        codec=config.codec,
+    )
+    return plan, set_aside
+
+
+def planned_samples(config: ExtractConfig, plan: store.Plan) -> Iterator[tuple[int, Sample | str]]:
+    """The planned samples in the plan's order with their row, or the reason why one cannot be had any more.
+
+    Data that changed since the plan was made show as samples that are missing or have other bytes; they are set
+    aside, not mixed in.
+    """
+    ids = plan.samples["sample_id"].to_list()
+    place = 0
+    for item in read_samples(config, check_pixels=False):
+        if place == len(ids):
+            return
+        if isinstance(item, Sample) and item.sample_id == ids[place]:
+            yield place, item
+            place += 1
+    for left in range(place, len(ids)):
+        yield left, "the data no longer hold it in the planned order"
+
+
+def fill_block(extractor: Extractor, plan: store.Plan, block, members: Sequence[tuple[int, Sample | str]], bar) -> None:
+    """Extract one block: batches of alike length, the model's own boxes first where they decide what is kept."""
+    config, clock = extractor.config, extractor.clock
+    ready = []
+    for number, sample in members:
+        try:
+            if isinstance(sample, str):
+                raise BadSample(sample)
+            with clock("decode"):
+                ready.append((number, sample, sample.image))
+        except BadSample as bad:
+            block.set_aside(number, str(bad))
+            bar.update()
+    counts = plan.samples.select(total=pl.col("n_image") + pl.col("n_text"))["total"]
+    ready.sort(key=lambda one: (counts[one[0]], one[0]))
+    for first in range(0, len(ready), config.batch_size):
+        batch = ready[first : first + config.batch_size]
+        values: dict[int, dict] = {number: {} for number, _, _ in batch}
+        if config.vlm_boxes:
+            boxes = extractor.ask_boxes([(image, sample.instruction) for _, sample, image in batch])
+            kept = []
+            for one, box in zip(batch, boxes, strict=True):
+                number, sample, _ = one
+                said = zip(BOX_COLUMNS, box or (None,) * 4, strict=True)
+                values[number] |= {f"vlm_{name}": value for name, value in said}
+                if sample.box is None and (reason := unusable(box, sample, config)):
+                    block.set_aside(number, reason)
+                    bar.update()
+                    continue
+                values[number] |= dict(zip(BOX_COLUMNS, sample.box or box, strict=True))
+                kept.append(one)
+            batch = kept
+        if not batch:
+            continue
+        pairs = [(image, sample.instruction) for _, sample, image in batch]
+        given = extractor.encode(pairs, [sample.sample_id for _, sample, _ in batch])
+        with clock("write"):
+            for (number, _, _), one in zip(batch, given, strict=True):
+                block.add(number, **one, values=values[number])
+        bar.update(len(batch))
+
+
+def unusable(box: Box | None, sample: Sample, config: ExtractConfig) -> str | None:
+    """Why the model's box cannot stand for the true one, or None where it can [ABP §4.1]."""
+    if box is None:
+        return NO_BOX
+    share = (box[2] - box[0]) * (box[3] - box[1]) / (sample.width * sample.height)
+    return None if config.min_area <= share <= config.max_area else f"{AREA} ({share:.5f})"
+
+
+def extract(config: ExtractConfig) -> int:
+    """Plan, extract, verify; the exit code is 0 only when every planned block is committed and sound."""
+    clock = Clock()
+    began = time.perf_counter()
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(available if config.device == "auto" else config.device)
+    if device.type == "cuda" and available == "cpu":
+        raise Refusal("--device cuda: torch sees no CUDA device on this machine; --device cpu works everywhere")
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    folder = find_checkpoint(config.model, config.revision)
+    draw_own_scenes(config)
+    with clock("plan"):
+        plan, set_aside = make_plan(config, folder, device)
+    estimate = plan.bytes_estimate()
+    print_plan(plan, set_aside, estimate, config.limit)
+    if config.dry_run:
+        return 0
+    store.check_space(config.store, sum(estimate.values()))
+    store.create(config.store, plan, set_aside)
+    pending = store.pending(config.store)
+    if pending:
+        with clock("load"):
+            extractor = make_extractor(config, folder, device, plan.layers, clock)
+        extract_blocks(extractor, plan, pending)
+    with clock("verify"):
+        report = store.verify(config.store)
+    print_summary(config, plan, clock, time.perf_counter() - began, report)
+    return 0 if report.ok else 1
+
+
+def draw_own_scenes(config: ExtractConfig) -> None:
+    """Draw the pocket preset's own data, or finish drawing them; data of anybody else are left as they are."""
+    own = PRESETS[POCKET]
+    if config.data != own.data:
+        return
+    from extract.scenes.shards import ScenesConfig, is_unfinished, write_scenes
+
+    wanted = ScenesConfig(Path(own.data), samples=max(config.limit or 0, own.limit), seed=SCENES_SEED)
+    if is_unfinished(wanted):
+        print(f"drawing scenes into {own.data}; --data takes other data")
+        write_scenes(wanted)
+
+
+def make_extractor(
+    config: ExtractConfig, folder: Path, device: torch.device, layers: tuple[str, ...], clock: Clock
+) -> Extractor:
+    """Load the model and set up both conditioners."""
+    model = load_model(folder, device)
+    processor = load_processor(folder, config.max_pixels)
+    return Extractor(
+        config,
+        model,
+        Conditioner(processor, editing_template(), config.positions, model),
+        Conditioner(processor, GROUND_TEMPLATE, "mrope", model),
+        layers,
+        clock,
+    )
+
+
+def extract_blocks(extractor: Extractor, plan: store.Plan, pending: Sequence[int]) -> None:
+    """Fill the pending blocks, in order, with a bar over their samples."""
+    config, wanted = extractor.config, set(pending)
+    left = sum(len(plan.block(b)) for b in pending)
+    source = planned_samples(config, plan)
+    with (
+        store.Writer(config.store, config.worker) as writer,
+        tqdm(total=plan.n_samples, initial=plan.n_samples - left, desc="extract", unit="sample") as bar,
+    ):
+        for b in range(plan.n_blocks):
+            with extractor.clock("read"):
+                members = [next(source) for _ in plan.block(b)]
+            if b not in wanted:
+                continue
+            with writer.block(b) as block:
+                fill_block(extractor, plan, block, members, bar)
+
+
+def print_plan(plan: store.Plan, set_aside: pl.DataFrame, estimate: dict[str, int], limit: int | None) -> None:
+    """What is going to be written, before anything is."""
+    raw = plan.bytes_raw()
+    tokens = plan.samples.select(pl.col("n_image").sum(), pl.col("n_text").sum()).row(0)
+    print(
+        f"plan: {plan.n_samples} samples, {tokens[0]} image and {tokens[1]} prompt tokens, "
+        f"layers {' '.join(plan.layers)}"
+    )
+    for name, size in estimate.items():
+        print(f"  {name:<24} {raw[name] / 1e9:9.3f} GB raw, about {size / 1e9:9.3f} GB on disk")
+    print(
+        f"  {'total':<24} {sum(raw.values()) / 1e9:9.3f} GB raw, about {sum(estimate.values()) / 1e9:9.3f} GB on disk"
+    )
+    for reason, count in reasons_of(set_aside).items():
+        print(f"  set aside: {count} × {reason}")
+    if limit is not None and plan.n_samples < limit:
+        print(f"  the data hold fewer usable samples than --limit {limit}")
+
+
+def print_summary(config: ExtractConfig, plan: store.Plan, clock: Clock, seconds: float, report: store.Report) -> None:
+    """What is on disk, what was set aside and why, where the time went."""
+    opened = store.open(config.store)
+    on_disk = store.disk_usage(config.store)["total"]["disk"]
+    valid = opened.samples.filter(pl.col("valid"))
+    tokens = int(valid["n_image"].sum() + valid["n_text"].sum())
+    raw = sum(plan.bytes_raw(np.asarray(opened.valid)).values())
+    print(f"\nstore {config.store}")
+    print(f"  samples    {len(valid)} of {plan.n_samples} planned ({tokens} tokens, {len(plan.layers)} layers)")
+    print(f"  size       {raw / 1e9:.3f} GB raw, {on_disk / 1e9:.3f} GB on disk")
+    aside = reasons_of(opened.set_aside)
+    print(
+        f"  set aside  {sum(aside.values())}" + "".join(f"\n    {count} × {reason}" for reason, count in aside.items())
+    )
+    if config.vlm_boxes and len(valid):
+        said = valid.filter(pl.col("vlm_x1").is_not_null())
+        print(f"  boxes      the model answered with a box for {len(said)} of {len(valid)}")
+    busy = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in sorted(clock.seconds.items(), key=lambda s: -s[1]))
+    print(f"  time       {seconds:.0f} s: {busy}")
+    verdict = "verified" if report.ok else "NOT whole: " + "; ".join(report.problems[:5])
+    print(f"  {verdict}, content {report.content_hash[:16]}")

@@ -1,0 +1,97 @@
+"""The project's own promises: one list of packages, data that flow one way, no pickles, help that answers."""
+
+import ast
+import re
+import subprocess
+import sys
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parent.parent
+PACKAGES = ("extract", "store", "probes", "analysis", "edit")
+# extract → store → probes → analysis → edit: who may import whom.
+ALLOWED = {
+    "store": set(),
+    "extract": {"store"},
+    "probes": {"store"},
+    "analysis": {"store", "probes"},
+    "edit": {"store", "probes", "extract"},
+}
+SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def imports_of(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: imports are absolute"
+            yield node.module
+
+
+def test_environment_yml_installs_pyproject_under_the_constraints():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    environment = yaml.safe_load((ROOT / "environment.yml").read_text())
+    *conda, pip = environment["dependencies"]
+    assert environment["name"] == project["name"]
+    assert f"python{project['requires-python']}" in conda
+    assert pip == {"pip": ["--constraint constraints.txt", "--group dev", "--editable ."]}
+
+
+def test_constraints_pin_every_dependency_and_carry_no_index():
+    text = (ROOT / "constraints.txt").read_text()
+    assert not re.search(r"https?://|--(extra-)?index|--find-links|file:", text)
+    pinned = {line.split("==")[0].lower() for line in text.splitlines() if "==" in line}
+    table = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    wanted = table["project"]["dependencies"] + table["dependency-groups"]["dev"]
+    for requirement in wanted:
+        name = re.match(r"[\w.-]+", requirement)[0].lower()
+        assert name in pinned, f"{name} is not in constraints.txt: compile it again"
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
+def test_data_flow_one_way_and_every_file_says_its_purpose(path):
+    package = path.relative_to(ROOT).parts[0]
+    for name in imports_of(path):
+        other = name.split(".")[0]
+        assert other == package or other not in PACKAGES or other in ALLOWED[package], f"{package} imports {other}"
+        assert other not in ("pickle", "dill", "joblib"), f"{path} reads pickles"
+    docstring = ast.get_docstring(ast.parse(path.read_text()))
+    assert docstring, f"{path} does not say its purpose"
+    assert "trust_remote_code=True" not in path.read_text()
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        "extract",
+        "extract.scenes",
+        "extract.pocket evaluate",
+        "store",
+        "store verify",
+        "probes train",
+        "probes evaluate",
+        "analysis curves",
+    ],
+)
+def test_every_command_teaches_in_its_help(program):
+    done = subprocess.run([sys.executable, "-m", *program.split(), "--help"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert len(done.stdout.split()) > 40
+
+
+def test_extracts_help_shows_the_paper_preset():
+    done = subprocess.run([sys.executable, "-m", "extract", "--help"], capture_output=True, text=True, cwd=ROOT)
+    text = " ".join(done.stdout.split())
+    for word in ("paper", "Qwen/Qwen2.5-VL-7B-Instruct", "OmniEdit", "128,000"):
+        assert word in text
+
+
+def test_an_unknown_command_is_one_line_on_standard_error():
+    done = subprocess.run([sys.executable, "-m", "store", "frobnicate"], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert "frobnicate" in done.stderr
