@@ -7,6 +7,8 @@ from typing import Literal
 
 import torch
 
+from store.errors import Refusal
+
 POCKET = "pocket"
 PAPER = "paper"
 SCENES_SEED = 1
@@ -73,6 +75,17 @@ class ExtractConfig:
     """Name of this process's commit log; processes that fill one store at the same time need different ones."""
     dry_run: bool = False
     """Only say what would be written and how large it would be."""
+
+    def __post_init__(self):
+        """Refuse numbers that make no sense."""
+        for name in ("limit", "max_pixels", "max_new_tokens", "batch_size", "threads"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise Refusal(f"--{name.replace('_', '-')} {value}: give 1 or more")
+        if not 0 <= self.held_out < 1:
+            raise Refusal(f"--held-out {self.held_out}: give a share from 0 up to, not including, 1")
+        if not 0 <= self.min_area < self.max_area <= 1:
+            raise Refusal(f"--min-area {self.min_area} --max-area {self.max_area}: give shares, the first the smaller")
 
 
 PRESETS: dict[str, ExtractConfig] = {

@@ -5,6 +5,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -12,20 +13,25 @@ import polars as pl
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import AutoConfig
 
 import store
 from extract.boxes import Box, generate_boxes
-from extract.capture import EMBED, FINAL, single_pass
+from extract.capture import EMBED, FINAL, Pass, single_pass
 from extract.config import POCKET, PRESETS, SCENES_SEED, ExtractConfig
 from extract.model import find_checkpoint, identity, load_model, load_processor
 from extract.omniedit import AREA, BadSample, Sample
 from extract.planning import read_plan, read_samples, reasons_of
 from extract.prompts import GROUND_TEMPLATE, editing_template
-from extract.sequence import Conditioner
+from extract.scenes import draw_scene
+from extract.scenes.shards import ScenesConfig, is_unfinished, write_scenes
+from extract.sequence import Batch, Conditioner
 from store.errors import Refusal
 
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 NO_BOX = "the model gave no box"
+FIRST_LOOK = 64  # scenes from which the size of a store is foretold before they are all drawn
+BYTES_PER_SCENE = 60_000
 
 
 @dataclass
@@ -70,19 +76,18 @@ class Extractor:
         rows = None if self.config.attention == "none" else self.config.attention
         with self.clock("forward"):
             done = single_pass(self.model, batch.inputs, self.layers, rows, batch.query_mask if rows else None)
-            hidden_lbtd = done.hidden.cpu().view(torch.uint16).numpy()
-            rows_bt = None if done.rows is None else done.rows.cpu().numpy()
-        given = []
-        for number, table in enumerate(tables):
-            image, text = (mask[number].cpu().numpy() for mask in (batch.image_mask, batch.text_mask))
-            one = {"text": hidden_lbtd[:, number, text], "tokens": table.drop("sample")}
-            if self.config.tokens == "all":
-                one["image"] = hidden_lbtd[:, number, image]
-            if rows_bt is not None:
-                own = rows_bt[number][..., : int(batch.query_mask[number].sum()), :]
-                one |= {"text_to_image": own[..., image], "text_to_text": own[..., text]}
-            given.append(one)
-        return given
+            given = [self._kept(done, batch, number) for number in range(len(pairs))]
+        return [one | {"tokens": table.drop("sample")} for one, table in zip(given, tables, strict=True)]
+
+    def _kept(self, done: Pass, batch: Batch, number: int) -> dict[str, np.ndarray]:
+        """What is kept of one sample of a pass, moved to the CPU."""
+        masks = {"image": batch.image_mask[number], "text": batch.text_mask[number]}
+        kinds = tuple(masks) if self.config.tokens == "all" else ("text",)
+        kept = {kind: done.hidden[:, number, masks[kind]].cpu().view(torch.uint16).numpy() for kind in kinds}
+        if done.rows is not None:
+            own = done.rows[number][..., : int(batch.query_mask[number].sum()), :]
+            kept |= {f"text_to_{kind}": own[..., mask].cpu().numpy() for kind, mask in masks.items()}
+        return kept
 
 
 def wanted_layers(config: ExtractConfig, blocks: int) -> tuple[str, ...]:
@@ -96,28 +101,63 @@ def wanted_layers(config: ExtractConfig, blocks: int) -> tuple[str, ...]:
     return tuple(name for name in every if name in asked)
 
 
-def make_plan(config: ExtractConfig, folder: Path, device: torch.device) -> tuple[store.Plan, pl.DataFrame]:
-    """Lay the store out on paper: every sample with its token counts, and what was set aside."""
-    from transformers import AutoConfig
+@dataclass(frozen=True)
+class Planner:
+    """Lays the store out on paper: from samples with their token counts to arrays and bytes."""
 
-    text = AutoConfig.from_pretrained(folder).text_config
-    processor = load_processor(folder, config.max_pixels)
-    template = editing_template()
-    layers = wanted_layers(config, text.num_hidden_layers)
-    samples, set_aside = read_plan(config, Conditioner(processor, template, config.positions))
-    rows = config.attention != "none"
-    plan = store.Plan(
-        layers=layers,
-        width=text.hidden_size,
-        samples=samples,
-        identity=identity(folder, processor, template, config, device),
-        kinds=("image", "text") if config.tokens == "all" else ("text",),
-        attention=("text_to_image", "text_to_text") if rows else (),
-        attention_layers=tuple(name for name in layers if name.isdecimal()) if rows else (),
-        attention_heads=text.num_attention_heads if config.attention == "heads" else None,
-        codec=config.codec,
-    )
-    return plan, set_aside
+    config: ExtractConfig
+    folder: Path
+    device: torch.device
+
+    @cached_property
+    def processor(self):
+        """The checkpoint's processor, with this run's picture size."""
+        return load_processor(self.folder, self.config.max_pixels)
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """Counts tokens; has no model."""
+        return Conditioner(self.processor, editing_template(), self.config.positions)
+
+    def plan_of(self, samples: pl.DataFrame) -> store.Plan:
+        """The plan for a samples table."""
+        config, text = self.config, AutoConfig.from_pretrained(self.folder).text_config
+        layers = wanted_layers(config, text.num_hidden_layers)
+        rows = config.attention != "none"
+        return store.Plan(
+            layers=layers,
+            width=text.hidden_size,
+            samples=samples,
+            identity=identity(self.folder, self.processor, editing_template(), config, self.device),
+            kinds=("image", "text") if config.tokens == "all" else ("text",),
+            attention=("text_to_image", "text_to_text") if rows else (),
+            attention_layers=tuple(name for name in layers if name.isdecimal()) if rows else (),
+            attention_heads=text.num_attention_heads if config.attention == "heads" else None,
+            codec=config.codec,
+        )
+
+    def draw_own_scenes(self) -> None:
+        """Draw the pocket preset's own data, or finish drawing them; data of anybody else are left as they are.
+
+        Raises
+        ------
+        Refusal
+            The disks cannot hold what a first look says the store and the scenes will take; nothing is drawn then.
+        """
+        config, own = self.config, PRESETS[POCKET]
+        wanted = ScenesConfig(Path(own.data), samples=max(config.limit or 0, own.limit), seed=SCENES_SEED)
+        if config.data != own.data or not is_unfinished(wanted):
+            return
+        drawn = [draw_scene(wanted.seed, index, wanted.difficulty) for index in range(FIRST_LOOK)]
+        counts = [self.conditioner.count_tokens(s.width, s.height, s.instructions[0]) for s in drawn]
+        look = pl.DataFrame(counts, schema=["n_image", "n_text", "n_query"], orient="row").with_columns(
+            sample_id=pl.int_range(FIRST_LOOK).cast(pl.String), split=pl.lit("train")
+        )
+        taken = min(config.limit or wanted.samples, wanted.samples)
+        store.check_space(config.store, sum(self.plan_of(look).bytes_estimate().values()) * taken // FIRST_LOOK)
+        store.check_space(own.data, BYTES_PER_SCENE * wanted.samples)
+        print(f"drawing scenes into {own.data}; --data takes other data")
+        write_scenes(wanted)
 
 
 def planned_samples(config: ExtractConfig, plan: store.Plan) -> Iterator[tuple[int, Sample | str]]:
@@ -199,9 +239,12 @@ def extract(config: ExtractConfig) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     folder = find_checkpoint(config.model, config.revision)
-    draw_own_scenes(config)
+    planner = Planner(config, folder, device)
+    with clock("scenes"):
+        planner.draw_own_scenes()
     with clock("plan"):
-        plan, set_aside = make_plan(config, folder, device)
+        samples, set_aside = read_plan(config, planner.conditioner)
+        plan = planner.plan_of(samples)
     estimate = plan.bytes_estimate()
     print_plan(plan, set_aside, estimate, config.limit)
     if config.dry_run:
@@ -217,19 +260,6 @@ def extract(config: ExtractConfig) -> int:
         report = store.verify(config.store)
     print_summary(config, plan, clock, time.perf_counter() - began, report)
     return 0 if report.ok else 1
-
-
-def draw_own_scenes(config: ExtractConfig) -> None:
-    """Draw the pocket preset's own data, or finish drawing them; data of anybody else are left as they are."""
-    own = PRESETS[POCKET]
-    if config.data != own.data:
-        return
-    from extract.scenes.shards import ScenesConfig, is_unfinished, write_scenes
-
-    wanted = ScenesConfig(Path(own.data), samples=max(config.limit or 0, own.limit), seed=SCENES_SEED)
-    if is_unfinished(wanted):
-        print(f"drawing scenes into {own.data}; --data takes other data")
-        write_scenes(wanted)
 
 
 def make_extractor(

@@ -5,6 +5,7 @@ its ``--help``; fields marked ``tyro.conf.Positional`` are given without a name.
 """
 
 import inspect
+import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -42,6 +43,9 @@ def finish(work: Callable[[], int | None]) -> None:
     except Refusal as refusal:
         print(f"error: {refusal}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:  # the reader of a pipe, such as head, has seen enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        code = 1
     except KeyboardInterrupt:
         print("interrupted: what was committed is kept, the same command goes on from there", file=sys.stderr)
         code = 130

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import os
 import signal
 import subprocess
 import sys
@@ -203,19 +202,18 @@ def test_bad_rows_are_set_aside_by_reason_and_the_run_goes_on(config, scenes, tm
 def test_a_picture_that_decays_after_planning_is_set_aside_not_mixed_in(config, scenes, tmp_path, monkeypatch):
     import extract.run as run
 
-    real = run.make_plan
-
     def plan_then_decay(*given):
-        made = real(*given)
-        monkeypatch.setattr(run.Sample, "image", property(broken), raising=True)
-        return made
+        planned = real(*given)
+        monkeypatch.setattr(run.Sample, "image", property(broken))
+        return planned
 
     def broken(sample):
         if sample.sample_id.endswith("_3"):
             raise run.BadSample("image truncated")
         return decode(sample.source)
 
-    monkeypatch.setattr(run, "make_plan", plan_then_decay)
+    real = run.read_plan
+    monkeypatch.setattr(run, "read_plan", plan_then_decay)
     path = tmp_path / "decay.zarr"
     assert extract(dataclasses.replace(config, store=path, limit=10)) == 0
     opened = store.open(path)
@@ -272,7 +270,10 @@ def test_a_dry_run_says_the_sizes_and_writes_nothing(config, tmp_path):
 
 def test_presets(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert choose_preset([]) == (PRESETS[POCKET], "preset pocket: this machine has no CUDA device; PRESET=paper overrides")
+    assert choose_preset([]) == (
+        PRESETS[POCKET],
+        "preset pocket: this machine has no CUDA device; PRESET=paper overrides",
+    )
     assert choose_preset(["--preset", "paper"])[0] is PRESETS[PAPER]
     assert choose_preset(["--preset=paper"])[0] is PRESETS[PAPER]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
@@ -287,4 +288,4 @@ def test_verify_prints_json(whole):
     assert report["ok"]
     assert report["problems"] == []
     assert len(report["content_hash"]) == 64
-    assert os.path.getsize(whole / "zarr.json")
+    assert (whole / "zarr.json").stat().st_size

@@ -79,12 +79,20 @@ class Teacher:
     """Draws lessons; a lesson is a function of (seed, step) alone."""
 
     def __init__(
-        self, processor, seed: int, pictures: int, branches: int, hard_share: float, instruction_weight: float
+        self,
+        processor,
+        seed: int,
+        pictures: int,
+        branches: int,
+        described: int,
+        hard_share: float,
+        instruction_weight: float,
     ):
         self.processor = processor
         self.seed = seed
         self.pictures = pictures
         self.branches = branches
+        self.described = described
         self.hard_share = hard_share
         self.instruction_weight = instruction_weight
         self.size = processor.image_processor.size
@@ -129,7 +137,6 @@ class Teacher:
         inputs = self.processor.image_processor(images=pictures, return_tensors="pt")
         grid = inputs["image_grid_thw"]
         rows, columns = int(grid[0, 1]) // 2, int(grid[0, 2]) // 2
-        spoken = max(1, self.pictures // 4)
         return Lesson(
             pixels=inputs["pixel_values"],
             grid=grid,
@@ -138,7 +145,7 @@ class Teacher:
             looks=torch.from_numpy(np.stack(looks)).long(),
             ranks=torch.from_numpy(np.stack(ranks)).long(),
             ground=self._pack("ground", [branches[: self.branches] for branches in asked], rows, columns),
-            describe=self._pack("describe", [branches[:2] for branches in asked[:spoken]], rows, columns),
+            describe=self._pack("describe", [branches[:2] for branches in asked[: self.described]], rows, columns),
         )
 
     def _branches(self, rng, scene: Scene, boxes, shares, resized) -> list[dict]:

@@ -29,8 +29,9 @@ from extract.pocket.build import build_config, build_processor
 from extract.pocket.lesson import IGNORE, MAX_RANK, WAYS, Batch, Lesson, Teacher
 from extract.scenes.shapes import COLOURS, KINDS
 
+TOLERANCE = 0.05  # of an image token: box errors below it are forgiven quadratically
 LOSS_WEIGHTS = {
-    "ground": 2.0,
+    "ground": 3.0,
     "describe": 1.0,
     "ground_instruction": 0.1,
     "describe_instruction": 0.1,
@@ -38,9 +39,9 @@ LOSS_WEIGHTS = {
     "offset": 1.0,
     "look": 0.15,
     "rank": 0.2,
-    "placed": 0.5,
+    "placed": 1.0,
     "cell": 0.1,
-    "box": 0.5,
+    "box": 1.0,
     "point": 0.5,
 }
 
@@ -57,6 +58,8 @@ class TrainConfig:
     """Pictures a step; each is encoded once."""
     branches: int = 4
     """Instructions a picture."""
+    described: int = 2
+    """Pictures a step that are described as well."""
     learning_rate: float = 3e-3
     """Peak rate of both optimizers (Muon for matrices, AdamW for the rest); linear warm-up, then to zero."""
     warmup: int = 100
@@ -102,7 +105,7 @@ class Tutor(nn.Module):
         grid = torch.tensor([columns, rows, columns, rows], dtype=torch.float32)
         row, column = torch.meshgrid(torch.arange(rows), torch.arange(columns), indexing="ij")
         centre = torch.stack([column, row, column, row], -1).reshape(-1, 4) + 0.5
-        losses["offset"] = F.smooth_l1_loss(offset[mask], (lesson.boxes * grid - centre)[mask], beta=0.2)
+        losses["offset"] = F.smooth_l1_loss(offset[mask], (lesson.boxes * grid - centre)[mask], beta=TOLERANCE)
         answers = [*lesson.looks.unbind(-1), *lesson.ranks.unbind(-1)]
         what = [
             F.cross_entropy(n.flatten(0, 1), a.flatten(), ignore_index=IGNORE)
@@ -120,7 +123,7 @@ class Tutor(nn.Module):
         rows_v = torch.arange(rows).repeat_interleave(columns).expand(len(states), -1)
         columns_v = torch.arange(columns).repeat(rows).expand(len(states), -1)
         return {
-            "placed": F.smooth_l1_loss(box[mask] * grid, (lesson.boxes * grid)[mask], beta=0.2),
+            "placed": F.smooth_l1_loss(box[mask] * grid, (lesson.boxes * grid)[mask], beta=TOLERANCE),
             "cell": F.cross_entropy(row.flatten(0, 1), rows_v.flatten())
             + F.cross_entropy(column.flatten(0, 1), columns_v.flatten()),
         }
@@ -129,7 +132,7 @@ class Tutor(nn.Module):
         """Losses on the last prompt tokens of grounding rows: the box, and which image tokens hold the target."""
         row, column = batch.prompt_ends.unbind(1)
         ends = states[row, column]
-        losses = {"box": F.smooth_l1_loss(self.box(ends) * grid, batch.branch_boxes * grid, beta=0.2)}
+        losses = {"box": F.smooth_l1_loss(self.box(ends) * grid, batch.branch_boxes * grid, beta=TOLERANCE)}
         keys = self.key(states[:, image_v])[row]
         scores = (keys @ self.query(ends)[..., None])[..., 0] / 8
         share = batch.branch_owner.sum(1, keepdim=True)
@@ -304,7 +307,7 @@ def train(config: TrainConfig) -> None:
     tutor = Tutor(model.config.text_config.hidden_size)
     optimizers = make_optimizers(model, tutor, config)
     start = load_checkpoint(config.out, model, tutor, optimizers)
-    scenes = (config.pictures, config.branches)
+    scenes = (config.pictures, config.branches, config.described)
     teacher = Teacher(processor, config.seed, *scenes, config.hard_share, config.instruction_weight)
     unseen = Teacher(processor, config.seed + 1, *scenes, 1.0, config.instruction_weight)
     lessons = torch.utils.data.DataLoader(
@@ -315,13 +318,12 @@ def train(config: TrainConfig) -> None:
         prefetch_factor=8,
         worker_init_fn=lambda _: torch.set_num_threads(1),
     )
-    (config.out / "config.json").write_text(
-        json.dumps(asdict(config) | {"losses": LOSS_WEIGHTS}, default=str, indent=1)
-    )
+    settings = {"from_step": start} | asdict(config) | {"losses": LOSS_WEIGHTS, "tolerance": TOLERANCE}
     bar = tqdm(lessons, initial=start, total=config.steps, unit="step", mininterval=5)
     began = time.time()
     averages: dict[str, float] = {}
     with grouped_windows(), (config.out / "log.jsonl").open("a") as log:
+        log.write(json.dumps(settings, default=str) + "\n")
         for step, lesson in enumerate(bar, start):
             for optimizer in optimizers:
                 for group in optimizer.param_groups:

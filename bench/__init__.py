@@ -1,0 +1,17 @@
+"""The numbers this project answers for, as one table of ratios: ``python -m bench`` from the repository's root.
+
+Every row is measured in one run beside a baseline that has a name, in turns, and holds the median of the repeats'
+ratios with the smallest and the largest. What was measured, on which machine and at which commit is appended as data
+to ``history/<date>-<machine>.json``; a rerun on the same day is one more entry of the list in that file.
+
+``config``      what a run is asked to do, and how large its inputs are
+``measure``     taking turns; a row
+``pocket``      the pocket model over drawn scenes, which most rows are about
+``capture``     one pass that keeps states and attention rows / the decoder alone
+``extraction``  the loop of ``python -m extract`` / the model's forward, and where the rest goes
+``storing``     size, writing, shuffled batches, verification / plain files and a memory map
+``proxies``     the stacked proxies / one after the other
+``machine``     what the run was on, and whether it had it for itself
+``report``      the table and the history
+``run``         all of it
+"""

@@ -1,0 +1,59 @@
+"""What a bench run is asked to do, and how large its inputs are."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much is measured; two runs compare only if they agree on these."""
+
+    samples: int
+    """Scenes of the pocket store."""
+    batch: int
+    """Scenes of a pass, and samples of a shuffled batch."""
+    made_samples: int
+    """Samples of the made-up store, whose states are as wide as a 7B model's."""
+    made_layers: int
+    """Its layers."""
+    made_width: int
+    """Its width."""
+    steps: int
+    """Training steps of the proxies that are timed."""
+    repeats: int
+    """Repeats unless the command line says otherwise."""
+
+
+FULL = Sizes(samples=128, batch=32, made_samples=128, made_layers=3, made_width=3584, steps=3, repeats=7)
+QUICK = Sizes(samples=16, batch=8, made_samples=8, made_layers=2, made_width=64, steps=1, repeats=1)
+
+
+@dataclass(frozen=True)
+class BenchConfig:
+    """Measure the numbers this project answers for and print them as one table of ratios.
+
+    Each ratio is to a named baseline that ran in turns with it, so that the drift of a shared machine cancels. The
+    result is appended, with the machine and the commit, to a JSON file of the day and the machine. About three minutes.
+    """
+
+    quick: bool = False
+    """Tiny inputs and one repeat: shows that every row can be measured, and says nothing about speed."""
+    repeats: int | None = None
+    """Repeats of every measurement (7; quick 1)."""
+    threads: int = 1
+    """Torch threads. The store's own reading threads are as they always are."""
+    history: Path = Path("bench/history")
+    """Folder that the result is appended to."""
+    no_history: bool = False
+    """Only print."""
+    note: str = ""
+    """A remark kept with the result; a machine that was busy with other work is noted by itself."""
+    scratch: Path | None = None
+    """Folder for the stores that are measured, on the disk that is meant; the system's temporary folder otherwise."""
+    json: bool = False
+    """Print the record that history keeps instead of the table."""
+
+    @property
+    def sizes(self) -> Sizes:
+        """The inputs of a full or a quick run."""
+        return QUICK if self.quick else FULL

@@ -1,0 +1,68 @@
+"""The whole bench: set up, measure part by part, print, keep."""
+
+import json
+import sys
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+
+from bench import capture, extraction, machine, proxies, report, storing
+from bench.config import BenchConfig
+from bench.measure import Row
+from bench.pocket import set_up
+from store.errors import Refusal
+
+
+def bench(config: BenchConfig) -> None:
+    """Measure every row, print the table and append it to the history; see `BenchConfig`."""
+    sizes, repeats = config.sizes, config.sizes.repeats if config.repeats is None else config.repeats
+    if repeats < 1 or config.threads < 1:
+        raise Refusal(f"--repeats {repeats} and --threads {config.threads} must be 1 or more")
+    torch.set_num_threads(config.threads)
+    load, began = machine.Load(), datetime.now(UTC)
+    with TemporaryDirectory(dir=config.scratch, prefix="bench-") as folder:
+        rows, weights = measure(config, repeats, Path(folder))
+    others = load.others()
+    loaded = f"loaded machine: others used {others} cores" if others is not None and others > machine.BUSY else ""
+    described = machine.describe()
+    record: dict[str, Any] = {
+        "time": began.isoformat(timespec="seconds"),
+        "slug": machine.slug(described),
+        "machine": described,
+        "commit": machine.commit(),
+        "settings": {"quick": config.quick, "threads": config.threads, **asdict(sizes), "repeats": repeats},
+        "weights": weights,
+        "others_cores": others,
+        "note": "; ".join(filter(None, (config.note, "quick: no speeds" if config.quick else "", loaded))),
+        "rows": [asdict(row) for row in rows],
+    }
+    print(json.dumps(record, ensure_ascii=False) if config.json else report.table(record, rows))
+    if not config.no_history:
+        print(f"kept in {report.keep(record, config.history)}", file=sys.stderr)
+
+
+def measure(config: BenchConfig, repeats: int, scratch: Path) -> tuple[list[Row], str]:
+    """All rows, and which weights the pocket model had."""
+    sizes = config.sizes
+
+    def say(part: str) -> None:
+        print(f"bench: {part} …", file=sys.stderr, flush=True)
+
+    say("setting up")
+    pocket = set_up(config, scratch)
+    say("capture")
+    rows = capture.measure(pocket, repeats)
+    say("extraction")
+    rows += extraction.measure(pocket, repeats)
+    say("store, pocket states")
+    rows += storing.measure(pocket.config.store, "pocket states", sizes.batch, repeats, scratch)
+    say(f"store, made up, {sizes.made_width} wide")
+    made = storing.make_up(scratch / "made.zarr", sizes)
+    rows += storing.measure(made, f"made up, {sizes.made_width} wide", sizes.batch, repeats, scratch)
+    say("proxies")
+    rows += proxies.measure(pocket.config.store, sizes.steps, repeats)
+    return rows, pocket.weights
