@@ -20,8 +20,8 @@ help: ## Show what can be made
 
 setup: $(VENV)/.ready ## Make .venv with everything pinned (gets uv if it is missing)
 
-# Without uv on the path one is put into a folder of its own; nothing outside this folder is touched.
-UV = $(or $(shell command -v uv),.uv/bin/uv)
+# Without a uv that runs, one is put into a folder of its own; nothing outside this folder is touched.
+UV := $(if $(shell uv --version 2>/dev/null),uv,.uv/bin/uv)
 
 .uv/bin/uv:
 	python3 -m venv .uv && .uv/bin/python -m pip install --quiet uv

@@ -4,13 +4,13 @@ import copy
 
 import torch
 
-from bench.measure import Row, take_turns, time_row
+from bench.measure import Row, Turns, time_row
 from bench.pocket import Pocket
 from extract.capture import embed, single_pass
 
 
 @torch.no_grad()
-def measure(pocket: Pocket, repeats: int) -> list[Row]:
+def measure(pocket: Pocket, turns: Turns) -> list[Row]:
     """Rows of one padded batch; the vision tower runs before, so that it thins no difference."""
     model, layers = pocket.extractor.model, pocket.plan.layers
     batch = pocket.first_batch()
@@ -37,5 +37,5 @@ def measure(pocket: Pocket, repeats: int) -> list[Row]:
             **given, output_attentions=True, output_hidden_states=True
         ),
     }
-    seconds = take_turns(contenders, repeats)
+    seconds = turns.take(contenders)
     return [time_row("capture", name, seconds[name], bare, seconds[bare]) for name in contenders if name != bare]

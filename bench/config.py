@@ -18,14 +18,42 @@ class Sizes:
     """Its layers."""
     made_width: int
     """Its width."""
+    epochs: int
+    """Epochs of shuffled batches in one reading: a training run starts its reader once, not once an epoch."""
     steps: int
     """Training steps of the proxies that are timed."""
+    proxy_depth: int
+    """Proxy layers."""
     repeats: int
     """Repeats unless the command line says otherwise."""
+    least_seconds: float
+    """Shorter work is repeated within a turn until it takes about this long."""
 
 
-FULL = Sizes(samples=128, batch=32, made_samples=128, made_layers=3, made_width=3584, steps=3, repeats=7)
-QUICK = Sizes(samples=16, batch=8, made_samples=8, made_layers=2, made_width=64, steps=1, repeats=1)
+FULL = Sizes(
+    samples=128,
+    batch=32,
+    made_samples=192,
+    made_layers=3,
+    made_width=3584,
+    epochs=8,
+    steps=3,
+    proxy_depth=6,
+    repeats=5,
+    least_seconds=0.1,
+)
+QUICK = Sizes(
+    samples=12,
+    batch=6,
+    made_samples=8,
+    made_layers=2,
+    made_width=64,
+    epochs=1,
+    steps=1,
+    proxy_depth=1,
+    repeats=1,
+    least_seconds=0.0,
+)
 
 
 @dataclass(frozen=True)
@@ -39,7 +67,7 @@ class BenchConfig:
     quick: bool = False
     """Tiny inputs and one repeat: shows that every row can be measured, and says nothing about speed."""
     repeats: int | None = None
-    """Repeats of every measurement (7; quick 1)."""
+    """Repeats of every measurement (5; quick 1)."""
     threads: int = 1
     """Torch threads. The store's own reading threads are as they always are."""
     history: Path = Path("bench/history")

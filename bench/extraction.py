@@ -6,7 +6,7 @@ from collections import defaultdict
 import numpy as np
 import torch
 
-from bench.measure import Row, take_turns, time_row
+from bench.measure import Row, Turns, time_row
 from bench.pocket import Pocket
 
 STAGES = {"read": "reading rows", "decode": "decoding pictures", "prepare": "inputs and token tables"}
@@ -14,7 +14,7 @@ STAGES |= {"forward": "the pass that keeps", "write": "writing the store"}
 
 
 @torch.no_grad()
-def measure(pocket: Pocket, repeats: int) -> list[Row]:
+def measure(pocket: Pocket, turns: Turns) -> list[Row]:
     """The loop, then where its time goes; leaves the filled store at ``pocket.config.store``."""
     core, conditioner, clock = pocket.extractor.model.model, pocket.extractor.conditioner, pocket.extractor.clock
     batches, spent = [], defaultdict(list)
@@ -35,18 +35,19 @@ def measure(pocket: Pocket, repeats: int) -> list[Row]:
         clock.seconds.clear()
         began = time.perf_counter()
         pocket.fill_store()
-        whole = time.perf_counter() - began
+        took = time.perf_counter() - began
         for stage in STAGES:
             spent[stage].append(clock.seconds[stage])
-        return whole
+        return took
 
     def forward() -> None:
         for batch in batches:
             core(**batch.inputs, use_cache=False)
 
-    bare = "bare forward of the batches"
-    seconds = take_turns({bare: forward, "everything kept, written": loop}, repeats)
-    measured = {"everything kept, written": seconds["everything kept, written"]}
-    # The loop is too long to be repeated within a turn: one entry a turn, after the one that is not counted.
-    measured |= {f"… {STAGES[stage]}": np.array(times[-repeats:]) for stage, times in spent.items()}
+    bare, whole = "bare forward of the batches", "everything kept, written"
+    seconds = turns.take({bare: forward, whole: loop})
+    measured = {whole: seconds[whole]}
+    # Where the loop is repeated within a turn, its stages are as well; the first call is not counted.
+    for stage, times in spent.items():
+        measured[f"… {STAGES[stage]}"] = np.reshape(times[1:], (turns.repeats, -1)).mean(1)
     return [time_row("extraction", name, times, bare, seconds[bare]) for name, times in measured.items()]

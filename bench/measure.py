@@ -9,8 +9,6 @@ from typing import Literal
 import numpy as np
 
 Work = Callable[[], object]
-LEAST_SECONDS = 0.1
-"""Shorter work is repeated within a turn until it takes about this long."""
 
 
 @dataclass(frozen=True)
@@ -36,18 +34,27 @@ class Row:
     """Whether a smaller or a larger ratio is good."""
 
 
-def take_turns(contenders: Mapping[str, Work], repeats: int) -> dict[str, np.ndarray]:
-    """Seconds of one call of each contender, float64 ``[repeats]`` by name, after one call each that is not counted.
+@dataclass(frozen=True)
+class Turns:
+    """How contenders take turns."""
 
-    Every repeat runs all of them, every second one in the opposite order. A contender that has to set up first may
-    return its own seconds (a float) instead of being timed as a whole.
-    """
-    loops = {name: max(1, math.ceil(LEAST_SECONDS / max(_seconds(work), 1e-9))) for name, work in contenders.items()}
-    seconds = {name: np.empty(repeats) for name in contenders}
-    for turn in range(repeats):
-        for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
-            seconds[name][turn] = np.mean([_seconds(contenders[name]) for _ in range(loops[name])])
-    return seconds
+    repeats: int
+    least_seconds: float
+    """Shorter work is repeated within a turn until it takes about this long."""
+
+    def take(self, contenders: Mapping[str, Work]) -> dict[str, np.ndarray]:
+        """Seconds of one call of each contender, float64 ``[repeats]`` by name, after one call that is not counted.
+
+        Every repeat runs all of them, every second one in the opposite order. A contender that has to set up first
+        may return its own seconds (a float) instead of being timed as a whole.
+        """
+        first = {name: max(_seconds(work), 1e-9) for name, work in contenders.items()}
+        loops = {name: max(1, math.ceil(self.least_seconds / took)) for name, took in first.items()}
+        seconds = {name: np.empty(self.repeats) for name in contenders}
+        for turn in range(self.repeats):
+            for name in list(contenders)[:: 1 if turn % 2 == 0 else -1]:
+                seconds[name][turn] = np.mean([_seconds(contenders[name]) for _ in range(loops[name])])
+        return seconds
 
 
 def _seconds(work: Work) -> float:

@@ -67,8 +67,8 @@ def _heading(record: dict[str, Any]) -> list[str]:
     machine, settings = record["machine"], record["settings"]
     lines = [
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_gb']} GB, {machine['system']}, "
-        f"torch {machine['torch']} on {settings['threads']} thread(s), commit {record['commit'] or 'unknown'}",
-        f"{record['time']}, {record['weights']} pocket weights, {settings['repeats']} repeat(s)",
+        f"torch {machine['torch']} with --threads {settings['threads']}, commit {record['commit'] or 'unknown'}",
+        f"{record['time']}, {record['weights']} pocket weights, --repeats {settings['repeats']}",
     ]
     return [*lines, f"note: {record['note']}"] if record["note"] else lines
 

@@ -12,7 +12,7 @@ import torch
 
 from bench import capture, extraction, machine, proxies, report, storing
 from bench.config import BenchConfig
-from bench.measure import Row
+from bench.measure import Row, Turns
 from bench.pocket import set_up
 from store.errors import Refusal
 
@@ -25,7 +25,7 @@ def bench(config: BenchConfig) -> None:
     torch.set_num_threads(config.threads)
     load, began = machine.Load(), datetime.now(UTC)
     with TemporaryDirectory(dir=config.scratch, prefix="bench-") as folder:
-        rows, weights = measure(config, repeats, Path(folder))
+        rows, weights = measure(config, Turns(repeats, sizes.least_seconds), Path(folder))
     others = load.others()
     loaded = f"loaded machine: others used {others} cores" if others is not None and others > machine.BUSY else ""
     described = machine.describe()
@@ -45,7 +45,7 @@ def bench(config: BenchConfig) -> None:
         print(f"kept in {report.keep(record, config.history)}", file=sys.stderr)
 
 
-def measure(config: BenchConfig, repeats: int, scratch: Path) -> tuple[list[Row], str]:
+def measure(config: BenchConfig, turns: Turns, scratch: Path) -> tuple[list[Row], str]:
     """All rows, and which weights the pocket model had."""
     sizes = config.sizes
 
@@ -55,14 +55,14 @@ def measure(config: BenchConfig, repeats: int, scratch: Path) -> tuple[list[Row]
     say("setting up")
     pocket = set_up(config, scratch)
     say("capture")
-    rows = capture.measure(pocket, repeats)
+    rows = capture.measure(pocket, turns)
     say("extraction")
-    rows += extraction.measure(pocket, repeats)
+    rows += extraction.measure(pocket, turns)
     say("store, pocket states")
-    rows += storing.measure(pocket.config.store, "pocket states", sizes.batch, repeats, scratch)
+    rows += storing.measure(pocket.config.store, "pocket states", sizes, turns, scratch)
     say(f"store, made up, {sizes.made_width} wide")
     made = storing.make_up(scratch / "made.zarr", sizes)
-    rows += storing.measure(made, f"made up, {sizes.made_width} wide", sizes.batch, repeats, scratch)
+    rows += storing.measure(made, f"made up, {sizes.made_width} wide", sizes, turns, scratch)
     say("proxies")
-    rows += proxies.measure(pocket.config.store, sizes.steps, repeats)
+    rows += proxies.measure(pocket.config.store, sizes, turns)
     return rows, pocket.weights

@@ -15,7 +15,7 @@ import torch
 
 import store
 from bench.config import Sizes
-from bench.measure import Row, rate_row, size_row, take_turns
+from bench.measure import Row, Turns, rate_row, size_row
 from store import files
 from store.synthetic import synthetic_plan, synthetic_store
 
@@ -36,21 +36,21 @@ def make_up(path: Path, sizes: Sizes) -> Path:
     return synthetic_store(path, plan)
 
 
-def measure(path: Path, label: str, batch: int, repeats: int, scratch: Path) -> list[Row]:
+def measure(path: Path, label: str, sizes: Sizes, turns: Turns, scratch: Path) -> list[Row]:
     """All rows of one store, called ``label``."""
     part, opened = f"store: {label}", store.open(path)
     usage = store.disk_usage(path)
     arrays = [usage[name] for name in opened.plan.arrays]
     on_disk, raw = (sum(array[key] for array in arrays) for key in ("disk", "raw"))
     rows = [size_row(part, "arrays on disk", on_disk, "raw values", raw)]
-    rows += _writing(opened, part, raw, repeats, scratch)
+    rows += _writing(opened, part, raw, turns, scratch)
     middle = opened.layers[len(opened.layers) // 2]
     for kind, layers in (("text", [middle]), ("text", list(opened.layers)), ("image", [middle])):
-        rows += _batches(opened, part, kind, layers, batch, repeats, scratch / "plain")
+        rows += _batches(opened, part, kind, layers, sizes, turns, scratch / "plain")
     paths = [file for file in path.rglob("*") if file.is_file()]
     checksums = "CRC-32C of its files"
     contenders = {checksums: lambda: [files.checksum_of(file) for file in paths], "verify": lambda: _verify(path)}
-    seconds = take_turns(contenders, repeats)
+    seconds = turns.take(contenders)
     return [*rows, rate_row(part, "verify", on_disk, seconds["verify"], checksums, seconds[checksums])]
 
 
@@ -75,7 +75,7 @@ def _read_back(opened: store.Store) -> list[dict[str, Any]]:
     return given
 
 
-def _writing(opened: store.Store, part: str, raw: int, repeats: int, scratch: Path) -> list[Row]:
+def _writing(opened: store.Store, part: str, raw: int, turns: Turns, scratch: Path) -> list[Row]:
     plan, target, plain_file = opened.plan, scratch / "written.zarr", scratch / "written.bin"
     given = _read_back(opened)
 
@@ -102,16 +102,16 @@ def _writing(opened: store.Store, part: str, raw: int, repeats: int, scratch: Pa
         return time.perf_counter() - began
 
     name, baseline = "write, durable", "one plain file, fsync"
-    seconds = take_turns({baseline: write_plain, name: write}, repeats)
+    seconds = turns.take({baseline: write_plain, name: write})
     shutil.rmtree(target)
     plain_file.unlink()
     return [rate_row(part, name, raw, seconds[name], baseline, seconds[baseline])]
 
 
 def _batches(
-    opened: store.Store, part: str, kind: str, layers: Sequence[str], batch: int, repeats: int, plain_file: Path
+    opened: store.Store, part: str, kind: str, layers: Sequence[str], sizes: Sizes, turns: Turns, plain_file: Path
 ) -> list[Row]:
-    """An epoch of ``Store.batches`` over the same batches gathered from a warm memory map."""
+    """Epochs of ``Store.batches`` over the same batches gathered from a warm memory map."""
     array, counts = opened.plan.arrays[f"hidden/{kind}"], opened.plan.counts(f"hidden/{kind}")["token"]
     plain_slrw = np.memmap(plain_file, array.dtype, "w+", shape=(opened.plan.n_samples, *array.shard[1:]))
     for b in range(opened.plan.n_blocks):
@@ -121,7 +121,7 @@ def _batches(
     chosen = slice(first, first + len(layers))
 
     def from_store():
-        return opened.batches(layers, kind, batch, shuffle=True, seed=0)
+        return opened.batches(layers, kind, sizes.batch, shuffle=True, seed=0, epochs=sizes.epochs)
 
     order = [given.sample.numpy() for given in from_store()]
 
@@ -141,7 +141,7 @@ def _batches(
             raise RuntimeError(f"{array.name} of {opened.path} and its memory map differ")
     name = f"shuffled {kind}, {len(layers)} layer{'s' if len(layers) > 1 else ''}"
     baseline = "warm memory map"
-    seconds = take_turns({baseline: lambda: exhaust(from_map), name: lambda: exhaust(from_store)}, repeats)
+    seconds = turns.take({baseline: lambda: exhaust(from_map), name: lambda: exhaust(from_store)})
     size = int(sum(counts[ids].sum() for ids in order)) * len(layers) * array.row_bytes
     plain_file.unlink()
     return [rate_row(part, name, size, seconds[name], baseline, seconds[baseline])]
