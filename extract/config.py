@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Literal
 
 import torch
@@ -31,7 +30,7 @@ class ExtractConfig:
     data: str = "data/scenes"
     """Folder of parquet shards in OmniEdit's columns, one shard, or a hub id (streamed). The pocket preset's own
     folder is drawn if it is missing."""
-    store: Path = Path("data/store.zarr")
+    store: str = "data/store.zarr"
     """Folder of the store (made if missing)."""
     limit: int | None = 4096
     """Number of good samples to take; the data are read until so many are found or they end."""
@@ -55,6 +54,8 @@ class ExtractConfig:
     """The instruction's attention rows of every kept block: none, averaged over heads, or each head's."""
     positions: Literal["mrope", "sequential"] = "mrope"
     """Position ids: the model's 3-D ones, or 0 … t-1 (what a caller gets who forgets ``mm_token_type_ids``)."""
+    max_prompt_tokens: int = 512
+    """Longest instruction in tokens; every sample is laid out as wide as the longest, so an endless one would cost all."""
     max_pixels: int | None = None
     """Area in pixels above which pictures are shrunk; the checkpoint's own processor setting where not given."""
     vlm_boxes: bool = True
@@ -78,7 +79,7 @@ class ExtractConfig:
 
     def __post_init__(self):
         """Refuse numbers that make no sense."""
-        for name in ("limit", "max_pixels", "max_new_tokens", "batch_size", "threads"):
+        for name in ("limit", "max_prompt_tokens", "max_pixels", "max_new_tokens", "batch_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"--{name.replace('_', '-')} {value}: give 1 or more")
@@ -94,10 +95,11 @@ PRESETS: dict[str, ExtractConfig] = {
         preset=PAPER,
         model="Qwen/Qwen2.5-VL-7B-Instruct",
         data="TIGER-Lab/OmniEdit-Filtered-1.2M",
-        store=Path("data/store-paper.zarr"),
+        store="data/store-paper.zarr",
         limit=128_000,
         shuffle=True,
         tokens="text",
+        max_pixels=1024 * 1024,
         batch_size=8,
     ),
 }

@@ -12,6 +12,8 @@ from extract.omniedit import BadSample, Sample, SetAside, read
 from extract.sequence import Conditioner
 from store.errors import Refusal
 
+LONG_PROMPT = "prompt too long"
+NO_BOX = "no box"
 SAMPLE_SCHEMA = {
     "sample_id": pl.String,
     "task": pl.String,
@@ -79,8 +81,10 @@ def read_plan(config: ExtractConfig, conditioner: Conditioner) -> tuple[pl.DataF
                 continue
             try:
                 counts = conditioner.count_tokens(item.width, item.height, item.instruction)
+                if counts.n_query > config.max_prompt_tokens:
+                    raise BadSample(LONG_PROMPT, f"{counts.n_query} tokens")
                 if item.box is None and not config.vlm_boxes:
-                    raise BadSample("no box", "the data bring none and --no-vlm-boxes was given")
+                    raise BadSample(NO_BOX, "the data bring none and --no-vlm-boxes was given")
             except BadSample as bad:
                 aside.append((item.sample_id, item.place.file, item.place.row, bad.reason, bad.detail, 1))
                 continue

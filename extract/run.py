@@ -29,7 +29,7 @@ from extract.sequence import Batch, Conditioner
 from store.errors import Refusal
 
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
-NO_BOX = "the model gave no box"
+NO_ANSWER = "the model gave no box"
 FIRST_LOOK = 64  # scenes from which the size of a store is foretold before they are all drawn
 BYTES_PER_SCENE = 60_000
 
@@ -223,7 +223,7 @@ def fill_block(extractor: Extractor, plan: store.Plan, block, members: Sequence[
 def unusable(box: Box | None, sample: Sample, config: ExtractConfig) -> str | None:
     """Why the model's box cannot stand for the true one, or None where it can [ABP §4.1]."""
     if box is None:
-        return NO_BOX
+        return NO_ANSWER
     share = (box[2] - box[0]) * (box[3] - box[1]) / (sample.width * sample.height)
     return None if config.min_area <= share <= config.max_area else f"{AREA} ({share:.5f})"
 

@@ -2,24 +2,16 @@
 
 import pytest
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import (
     Qwen2_5_VLConfig,
     Qwen2_5_VLForConditionalGeneration,
     Qwen2_5_VLProcessor,
-    Qwen2Tokenizer,
     Qwen2VLImageProcessor,
     Qwen2VLVideoProcessor,
 )
-from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
+from extract.pocket.build import train_tokenizer
 from extract.prompts import editing_template, ground_text
-
-SPECIAL = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>"),
-    *("<|box_start|>", "<|box_end|>", "<|quad_start|>", "<|quad_end|>"),
-    *("<|vision_start|>", "<|vision_end|>", "<|vision_pad|>", "<|image_pad|>", "<|video_pad|>"),
-]
 
 
 @pytest.fixture(autouse=True, scope="session")
@@ -31,36 +23,14 @@ def one_thread():
 @pytest.fixture(scope="session")
 def processor() -> Qwen2_5_VLProcessor:
     """The stock processor around a byte-level BPE tokenizer trained on the prompts."""
-    trained = Tokenizer(models.BPE())
-    trained.normalizer = normalizers.NFC()
-    trained.pre_tokenizer = pre_tokenizers.Sequence(
-        [
-            pre_tokenizers.Split(Regex(PRETOKENIZE_REGEX), behavior="isolated"),
-            pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
-        ]
-    )
-    trained.decoder = decoders.ByteLevel()
     texts = [editing_template(), ground_text("make the second red cube from the left blue, remove the ball")]
-    alphabet = pre_tokenizers.ByteLevel.alphabet()
-    trainer = trainers.BpeTrainer(vocab_size=500, initial_alphabet=alphabet, show_progress=False)
-    trained.train_from_iterator(texts * 5, trainer)
-    vocab = trained.get_vocab()
-    merges = [tuple(line) if not isinstance(line, str) else tuple(line.split(" ")) for line in merges_of(trained)]
-    tokenizer = Qwen2Tokenizer(vocab=vocab, merges=merges, pad_token="<|endoftext|>", eos_token="<|im_end|>")
-    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL})
+    tokenizer = train_tokenizer(texts * 5, 500)
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size={"shortest_edge": 56 * 56, "longest_edge": 28 * 28 * 40}),
         tokenizer=tokenizer,
         video_processor=Qwen2VLVideoProcessor(),
         chat_template="",
     )
-
-
-def merges_of(trained: Tokenizer) -> list:
-    """The merges that training found, in order."""
-    import json
-
-    return json.loads(trained.to_str())["model"]["merges"]
 
 
 @pytest.fixture(scope="session")

@@ -185,6 +185,7 @@ def test_bad_rows_are_set_aside_by_reason_and_the_run_goes_on(config, scenes, tm
     rows[5]["edited_prompt_list"] = ["remove <|image_pad|> it"]
     rows[7]["src_img"]["bytes"] = b"not a picture"
     rows[9]["omni_edit_id"] = rows[8]["omni_edit_id"]
+    rows[10]["edited_prompt_list"] = ["remove the ball " * 600]
     data = tmp_path / "data"
     data.mkdir()
     schema = pq.read_schema(next(iter(scenes.glob("*.parquet"))))
@@ -194,9 +195,9 @@ def test_bad_rows_are_set_aside_by_reason_and_the_run_goes_on(config, scenes, tm
     path = tmp_path / "rest.zarr"
     assert extract(dataclasses.replace(config, data=str(data), store=path)) == 0
     opened = store.open(path)
-    assert opened.samples.height == 7
-    assert opened.set_aside["rows"].sum() == 5
-    assert opened.set_aside["reason"].n_unique() == 5
+    assert opened.samples.height == 6
+    assert opened.set_aside["rows"].sum() == 6
+    assert opened.set_aside["reason"].n_unique() == 6
 
 
 def test_a_picture_that_decays_after_planning_is_set_aside_not_mixed_in(config, scenes, tmp_path, monkeypatch):
@@ -226,6 +227,11 @@ def test_a_picture_that_decays_after_planning_is_set_aside_not_mixed_in(config, 
 def test_unknown_model(config, tmp_path):
     line = refused(config, tmp_path / "s.zarr", "--model", "nobody/no-such-model")
     assert "nobody/no-such-model" in line
+
+
+def test_a_url_is_refused_until_object_stores_come(config, tmp_path):
+    with pytest.raises(Refusal, match="s3://bucket"):
+        extract(dataclasses.replace(config, store="s3://bucket/s.zarr"))
 
 
 def test_unreadable_data(config, tmp_path):

@@ -1,6 +1,7 @@
 """The pocket model's parts: a real byte-level BPE tokenizer, Qwen's processor and chat template, a small config."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
@@ -55,8 +56,8 @@ def corpus(scenes: int = 3000) -> list[str]:
     return texts
 
 
-def build_tokenizer() -> Qwen2Tokenizer:
-    """Train byte-level BPE with Qwen2's pre-tokenizer (digits one by one) on `corpus`."""
+def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Qwen2Tokenizer:
+    """Byte-level BPE with Qwen2's pre-tokenizer (digits one by one) and special tokens, trained on ``texts``."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -67,11 +68,11 @@ def build_tokenizer() -> Qwen2Tokenizer:
     )
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(SPECIAL_TOKENS),
+        vocab_size=vocabulary - len(SPECIAL_TOKENS),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(corpus(), trainer)
+    tokenizer.train_from_iterator(texts, trainer)
     state = json.loads(tokenizer.to_str())["model"]
     merges = [tuple(m) if not isinstance(m, str) else tuple(m.split(" ")) for m in state["merges"]]
     return Qwen2Tokenizer(
@@ -87,10 +88,10 @@ def build_tokenizer() -> Qwen2Tokenizer:
 
 
 def build_processor() -> Qwen2_5_VLProcessor:
-    """The stock processor around `build_tokenizer`, resizing pictures to 36–50 tokens."""
+    """The stock processor around a tokenizer trained on `corpus`, resizing pictures to 36–50 tokens."""
     return Qwen2_5_VLProcessor(
         image_processor=Qwen2VLImageProcessor(size=PIXELS),
-        tokenizer=build_tokenizer(),
+        tokenizer=train_tokenizer(corpus(), VOCABULARY),
         video_processor=Qwen2VLVideoProcessor(),
         chat_template=CHAT_TEMPLATE,
     )
