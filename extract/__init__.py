@@ -1,1 +1,21 @@
-"""One forward pass of a vision-language model over (picture, instruction), its hidden states written to a store."""
+"""One forward pass of a vision-language model over (picture, instruction), its hidden states written to a store.
+
+``python -m extract`` reads editing samples, runs the model once over each under the editing pipeline's own prompt, and
+keeps the named layers of every token after the system prompt, the instruction's attention rows, and the model's own
+box. What it writes is a `store`; nothing here is needed to read one.
+
+The way through
+---------------
+``config``      ``ExtractConfig``: every setting, and the presets ``pocket`` and ``paper``
+``model``       a checkpoint found, loaded, and named exactly (the store's identity)
+``omniedit``    rows of OmniEdit's columns as samples; a bad row is set aside with its reason
+``planning``    one pass over the data without the model: which samples, how many tokens each
+``prompts``     the editing template (the installed diffusers' own) and the grounding one
+``sequence``    (picture, instruction) → model inputs, positions, and the table that says what each token is
+``capture``     one pass: hidden states by layer name, attention rows beside SDPA attention
+``boxes``       the model asked to speak: its box, parsed and mapped to the source picture
+``run``         plan → pass → store → verify
+
+``scenes``      pictures with exact boxes, drawn here, in OmniEdit's columns (``python -m extract.scenes``)
+``pocket``      a small real Qwen2.5-VL, trained here (``python -m extract.pocket``)
+"""

@@ -55,7 +55,7 @@ class ExtractConfig:
     positions: Literal["mrope", "sequential"] = "mrope"
     """Position ids: the model's 3-D ones, or 0 … t-1 (what a caller gets who forgets ``mm_token_type_ids``)."""
     max_prompt_tokens: int = 512
-    """Longest instruction in tokens; every sample is laid out as wide as the longest, so an endless one would cost all."""
+    """Longest instruction in tokens; every sample is laid out as wide as the longest, so an endless one costs all."""
     max_pixels: int | None = None
     """Area in pixels above which pictures are shrunk; the checkpoint's own processor setting where not given."""
     vlm_boxes: bool = True
