@@ -41,10 +41,10 @@ figures: setup ## Draw the localization curves
 	$(RUN) -m analysis curves --probes $(PROBES) --out $(FIGURES)
 
 test: setup ## Run the tests (offline, under ten minutes)
-	$(RUN) -m pytest -q
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q
 
 test-slow: setup ## Run the minutes-long tests as well
-	$(RUN) -m pytest -q -m slow
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -m slow
 
 bench: setup ## Print the table of ratios against named baselines
 	$(RUN) -m bench

@@ -95,3 +95,29 @@ def test_an_unknown_command_is_one_line_on_standard_error():
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1
     assert "frobnicate" in done.stderr
+
+
+def test_every_make_target_that_the_readme_names_exists():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    named = re.findall(r"\bmake ((?:[a-z-]+ ?)+)", re.sub(r"#.*", "", (ROOT / "README.md").read_text()))
+    used = {word for line in named for word in line.split()} & {
+        "setup",
+        "test",
+        "extract",
+        "probe",
+        "figures",
+        "pocket",
+        "help",
+    }
+    assert {"extract", "probe", "figures", "test", "help"} <= used <= targets
+    for target in ("bench", "lint", "setup", "test-slow"):
+        assert target in targets
+
+
+def test_no_tracked_text_names_an_index_or_a_private_path():
+    files = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT).stdout.split()
+    for name in files:
+        path = ROOT / name
+        if path.suffix in (".py", ".md", ".toml", ".yml", ".txt", "") and path.is_file():
+            text = path.read_text(errors="ignore")
+            assert not re.search(r"(index-url|find-links)[ =]+\S", text), name
