@@ -18,7 +18,7 @@ PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     }
 )
 
-WHERE = frozenset({"store", "out", "preset", "seeds", "memory", "device"})
+WHERE = frozenset({"store", "out", "preset", "seeds", "memory", "device", "threads"})
 """Fields that say where and how much is run, not what a proxy is: they may differ between runs into one folder."""
 
 
@@ -69,6 +69,8 @@ class ProbeConfig:
     """GB of states held at once; if all layers do not fit, groups of layers are read and trained in turn."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Where proxies are trained; auto takes CUDA when there is one."""
+    threads: int | None = None
+    """Torch threads on a CPU; torch's own choice where not given. Give 1 on a machine that is busy with other work."""
 
     def __post_init__(self):
         """Fill in the preset; refuse numbers that are not positive and widths that heads cannot share."""

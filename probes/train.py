@@ -41,6 +41,8 @@ def train(config: ProbeConfig) -> None:
     Refusal
         When the store has no boxes, or ``config.out`` holds proxies of another store or other settings.
     """
+    if config.threads:
+        torch.set_num_threads(config.threads)
     opened = store.open(config.store)
     found = scenes(opened, config.watch)
     wanted = specs(config, opened.layers)

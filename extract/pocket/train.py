@@ -9,6 +9,7 @@ sees a row of the editing prompt beyond its image tokens, so that what a proxy f
 import json
 import math
 import re
+import shutil
 import time
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -52,7 +53,7 @@ class TrainConfig:
 
     out: Path = Path("runs/pocket")
     """Folder for checkpoints, log.jsonl and the finished model."""
-    steps: int = 4500
+    steps: int = 4000
     """Optimizer steps."""
     pictures: int = 16
     """Pictures a step; each is encoded once."""
@@ -64,7 +65,7 @@ class TrainConfig:
     """Peak rate of both optimizers (Muon for matrices, AdamW for the rest); linear warm-up, then to zero."""
     warmup: int = 100
     """Steps of linear warm-up."""
-    decay_share: float = 0.5
+    decay_share: float = 0.6
     """Share of the steps, at the end, over which the rate falls to zero."""
     weight_decay: float = 0.02
     """Decoupled weight decay of matrices."""
@@ -350,4 +351,5 @@ def train(config: TrainConfig) -> None:
                 save_checkpoint(config.out, step + 1, model, tutor, optimizers)
                 bar.set_postfix(ground=f"{averages['ground']:.3f}", iou50=f"{hits:.2f}")
     model.to(torch.bfloat16).save_pretrained(finished)
-    print(f"saved {finished}")
+    shutil.copy(config.out / "log.jsonl", finished / "log.jsonl")
+    print(f"saved {finished}; copied over extract/pocket/weights it is the shipped model")
