@@ -57,36 +57,39 @@ def parse_box(text: str, resized_size: tuple[int, int], source_size: tuple[int, 
     return left, top, right, bottom
 
 
-class _BoxComplete(StoppingCriteria):
-    """Ends a sample's decoding as soon as its named box is closed."""
+class _Complete(StoppingCriteria):
+    """Ends a sample's decoding as soon as its answer holds what was asked for."""
 
-    def __init__(self, tokenizer, prompt_length: int):
-        self.tokenizer, self.prompt_length = tokenizer, prompt_length
+    def __init__(self, tokenizer, prompt_length: int, complete: re.Pattern):
+        self.tokenizer, self.prompt_length, self.complete = tokenizer, prompt_length, complete
 
     def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
         said = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        return torch.tensor([bool(_NAMED.search(text)) for text in said], device=input_ids.device)
+        return torch.tensor([bool(self.complete.search(text)) for text in said], device=input_ids.device)
 
 
 @torch.no_grad()
-def generate_boxes(
+def generate(
     model: nn.Module,
     conditioner: Conditioner,
     samples: Sequence[tuple[Image.Image, str]],
-    max_new_tokens: int = 400,
-) -> list[Answer]:
-    """Ask the model for the boxes of one batch of samples.
+    max_new_tokens: int,
+    complete: re.Pattern | None = None,
+) -> list[str]:
+    """The model's greedy answers to one batch of samples.
 
     Parameters
     ----------
     model
         A ``Qwen2_5_VLForConditionalGeneration`` in evaluation mode.
     conditioner
-        Around ``extract.prompts.GROUND_TEMPLATE``, with ``model``. Decoding always uses the model's own 3-D positions.
+        Around the prompt to answer, with ``model``. Decoding always uses the model's own 3-D positions.
     samples
         RGB picture and instruction.
     max_new_tokens
-        [ABP] allows 400; decoding stops earlier once every sample's box is complete.
+        Longest answer.
+    complete
+        An answer in which this is found is long enough; otherwise it goes on to the end of the turn.
 
     Raises
     ------
@@ -98,7 +101,7 @@ def generate_boxes(
     inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
     length = inputs["input_ids"].shape[1]
     tokenizer = conditioner.tokenizer
-    stop = StoppingCriteriaList([_BoxComplete(tokenizer, length)])
+    stop = StoppingCriteriaList([] if complete is None else [_Complete(tokenizer, length, complete)])
     own = model.generation_config
     # `generate` fills what a configuration leaves open from the checkpoint's, so that one has to be put aside.
     model.generation_config = greedy(tokenizer, max_new_tokens)
@@ -106,8 +109,22 @@ def generate_boxes(
         said = model.generate(**inputs, stopping_criteria=stop)[:, length:]
     finally:
         model.generation_config = own
-    texts = tokenizer.batch_decode(said, skip_special_tokens=True)
-    sizes = batch.source_sizes
+    return tokenizer.batch_decode(said, skip_special_tokens=True)
+
+
+def generate_boxes(
+    model: nn.Module,
+    conditioner: Conditioner,
+    samples: Sequence[tuple[Image.Image, str]],
+    max_new_tokens: int = 400,
+) -> list[Answer]:
+    """Ask the model for the boxes of one batch of samples; see `generate`.
+
+    ``conditioner`` is one around ``extract.prompts.GROUND_TEMPLATE``. [ABP] allows 400 tokens; decoding stops as soon
+    as every sample's box is complete.
+    """
+    texts = generate(model, conditioner, samples, max_new_tokens, _NAMED)
+    sizes = [picture.size for picture, _ in samples]
     return [
         Answer(text, parse_box(text, conditioner.resized_size(*size), size))
         for text, size in zip(texts, sizes, strict=True)

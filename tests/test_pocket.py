@@ -9,14 +9,13 @@ from torchvision.ops import box_iou
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 import extract.pocket.train as training
-from extract.boxes import greedy, parse_box
+from extract.boxes import parse_box
 from extract.model import load_model, load_processor
 from extract.pocket.build import SPECIAL_TOKENS, WEIGHTS, build_config
-from extract.pocket.evaluate import ask, fresh_scenes, score, wilson
+from extract.pocket.evaluate import ask, fresh_scenes, score, score_descriptions, wilson
 from extract.pocket.lesson import Teacher, box_answer
 from extract.pocket.train import TrainConfig, grouped_windows
 from extract.prompts import editing_template, ground_text
-from extract.sequence import Conditioner
 
 MEGABYTE = 1_000_000
 
@@ -133,17 +132,10 @@ def test_it_finds_the_object_on_fresh_hard_scenes(model, processor):
 
 
 def test_it_describes_the_picture_and_the_change_under_the_editing_prompt(model, processor):
-    held = fresh_scenes(8, 78, "hard")
-    conditioner = Conditioner(processor, editing_template(), "mrope", model)
-    right = 0
-    for one in held:
-        batch = conditioner.batch([(one.image, one.instruction)], padding_side="left")
-        inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
-        said = model.generate(**inputs, generation_config=greedy(model, processor.tokenizer, 60))
-        text = processor.tokenizer.decode(said[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        assert text.startswith("The picture shows ")
-        right += any(word in one.instruction for word in text.split(".")[1].split()[-2:])
-    assert right >= 4
+    scores = score_descriptions(model, processor, fresh_scenes(24, 78, "hard"), 24)
+    # Word for word, place included: a guess has the region right one time in nine.
+    assert scores["change"] >= 0.5
+    assert scores["scene"] >= 0.5
 
 
 def test_the_log_travels_with_the_weights():

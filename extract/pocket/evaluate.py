@@ -14,10 +14,11 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from extract.boxes import generate_boxes
+from extract.boxes import generate, generate_boxes
 from extract.model import load_model, load_processor
 from extract.pocket.build import WEIGHTS
-from extract.prompts import GROUND_TEMPLATE
+from extract.pocket.lesson import describe
+from extract.prompts import GROUND_TEMPLATE, editing_template
 from extract.scenes.scene import DIFFICULTIES, draw_scene
 from extract.scenes.shards import row_of
 from extract.sequence import Conditioner
@@ -25,6 +26,7 @@ from store.errors import Refusal
 
 HIT = 0.5  # IoU from which a box counts as right [ABP §4.1]
 MEAN_BOX_SCENES = 1000
+DESCRIBED = 200  # scenes of which descriptions are asked: answers are long
 
 
 @dataclass(frozen=True)
@@ -51,22 +53,24 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Held:
-    """A fresh scene as the model gets it: the encoded picture decoded again, the instruction, the true box."""
+    """A fresh scene as the model gets it (the encoded picture decoded again), the true box and description."""
 
     image: Image.Image
     instruction: str
     box: tuple[float, ...]
+    description: str
 
 
 def fresh_scenes(samples: int, seed: int, difficulty: str) -> list[Held]:
     """The first ``samples`` scenes of ``seed`` that have a box."""
     held, index = [], 0
     while len(held) < samples:
-        row = row_of(draw_scene(seed, index, difficulty))
+        scene = draw_scene(seed, index, difficulty)
+        row = row_of(scene)
         index += 1
         if row["box"] is not None:
             image = Image.open(BytesIO(row["src_img"]["bytes"])).convert("RGB")
-            held.append(Held(image, row["edited_prompt_list"][0], tuple(row["box"])))
+            held.append(Held(image, row["edited_prompt_list"][0], tuple(row["box"]), describe(scene)))
     return held
 
 
@@ -101,6 +105,21 @@ def ask(model, processor, held: Sequence[Held], batch_size: int, name: str) -> l
     return boxes
 
 
+def score_descriptions(model, processor, held: Sequence[Held], batch_size: int) -> dict[str, float]:
+    """Under the editing prompt: shares of answers right word for word, whole and by sentence, with their intervals."""
+    conditioner = Conditioner(processor, editing_template(), "mrope", model)
+    said: list[str] = []
+    for first in tqdm(range(0, len(held), batch_size), desc="describe", unit="batch"):
+        pairs = [(h.image, h.instruction) for h in held[first : first + batch_size]]
+        said += generate(model, conditioner, pairs, max_new_tokens=80)
+    scores: dict[str, float] = {"n": len(held)}
+    for name, part in (("whole", slice(None)), ("scene", slice(1)), ("change", slice(1, None))):
+        hits = sum(s.split(". ")[part] == h.description.split(". ")[part] for s, h in zip(said, held, strict=True))
+        low, high = wilson(hits, len(held))
+        scores |= {name: hits / len(held), f"{name}_low": low, f"{name}_high": high}
+    return scores
+
+
 def evaluate(config: EvaluateConfig) -> None:
     """Score the model and the floors and print them; see `EvaluateConfig`."""
     if config.difficulty not in DIFFICULTIES:
@@ -125,13 +144,18 @@ def evaluate(config: EvaluateConfig) -> None:
         torch.manual_seed(0)
         blank = Qwen2_5_VLForConditionalGeneration(model.config).to(torch.bfloat16).eval()
         results["untrained"] = score(ask(blank, processor, held, config.batch_size, "untrained"), held)
+    described = score_descriptions(model, processor, held[:DESCRIBED], config.batch_size)
     if config.json:
-        print(
-            json.dumps({"samples": len(held), "seed": config.seed, "difficulty": config.difficulty, "scores": results})
-        )
+        asked = {"samples": len(held), "seed": config.seed, "difficulty": config.difficulty}
+        print(json.dumps(asked | {"ground": results, "describe": described}))
         return
     print(f"{len(held)} fresh {config.difficulty} scenes of seed {config.seed}")
     print(f"{'':12} {'IoU ≥ 0.5':>10} {'95 % interval':>18} {'mean IoU':>9} {'no box':>7}")
     for name, r in results.items():
         interval = f"[{r['low']:.3f}, {r['high']:.3f}]"
         print(f"{name:12} {r['iou50']:10.3f} {interval:>18} {r['mean_iou']:9.3f} {r['no_box']:7.3f}")
+    names = {"whole": "word for word", "scene": "what is in the picture", "change": "what should change"}
+    print(f"descriptions of {described['n']} of them under the editing prompt, right")
+    for name, meaning in names.items():
+        interval = f"[{described[f'{name}_low']:.3f}, {described[f'{name}_high']:.3f}]"
+        print(f"  {meaning:24} {described[name]:.3f} {interval:>18}")
