@@ -170,13 +170,16 @@ def draw_final(axes: Axes, final: pl.DataFrame) -> None:
         if read:
             axes.plot([min(read), max(read)], [row["iou"]] * 2, color=style.ACCENT, lw=2, ls=(0, (4, 1.5)), zorder=3)
         draw_point(axes, centre, row, style.ACCENT, "D")
+        # Above whatever stands under the label, which is about as wide as four layers.
+        near = [rows[name]["iou_high"] for place, name in enumerate(layers) if abs(place - centre) <= 2.2]
         axes.annotate(
             f"{PROMPT_LABEL} {row['layer']}",
-            (centre, row["iou_high"]),
+            (centre, max([row["iou_high"], *near])),
             xytext=(0, 4),
             textcoords="offset points",
             ha="center",
             fontsize=8,
+            color=style.ACCENT,
         )
     floors = [(row["iou"], row["probe"]) for row in final.to_dicts() if row["role"] == "floor"]
     for value, _ in floors:
