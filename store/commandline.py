@@ -4,8 +4,11 @@ A command is a function with one parameter, a frozen dataclass. The text under e
 its ``--help``; fields marked ``tyro.conf.Positional`` are given without a name.
 """
 
+import contextlib
 import inspect
+import io
 import os
+import re
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -25,9 +28,25 @@ Command = Callable[[Any], int | None]
 
 
 def parse(config_type: type, program: str, description: str, argv: Sequence[str], default: Any = None) -> Any:
-    """The options of ``argv`` as an instance of ``config_type`` (unset fields come from ``default``)."""
+    """The options of ``argv`` as an instance of ``config_type`` (unset fields come from ``default``).
+
+    Raises
+    ------
+    Refusal
+        An option or value is not known, or a needed one is missing.
+    """
     given = {} if default is None else {"default": default}
-    return tyro.cli(config_type, prog=program, description=description, args=list(argv), config=STYLE, **given)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            return tyro.cli(config_type, prog=program, description=description, args=list(argv), config=STYLE, **given)
+    except SystemExit as end:
+        if not end.code:
+            raise
+        # The parser draws a box with a title; a refusal is one line, here as everywhere.
+        plain = re.sub(r"\x1b\[[0-9;]*m", "", said.getvalue())
+        _title, *lines = [line for row in plain.splitlines() if (line := row.strip("│╭╮╰╯─ "))]
+        raise Refusal(" ".join(lines)) from end
 
 
 def config_type_of(command: Command) -> type:

@@ -121,3 +121,21 @@ def test_no_tracked_text_names_an_index_or_a_private_path():
         if path.suffix in (".py", ".md", ".toml", ".yml", ".txt", "") and path.is_file():
             text = path.read_text(errors="ignore")
             assert not re.search(r"(index-url|find-links)[ =]+\S", text), name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "word"),
+    [
+        (["extract", "--preset", "bogus"], "bogus"),
+        (["extract", "--no-such-option"], "no-such-option"),
+        (["store", "verify"], "PATH"),
+        (["extract.scenes", "--samples", "many", "--out", "x"], "many"),
+    ],
+)
+def test_a_wrong_option_is_one_line_that_names_it(arguments, word):
+    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert word in done.stderr
