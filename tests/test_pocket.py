@@ -1,7 +1,10 @@
 """The pocket model: the real class with a real tokenizer, small, shipped, and right about where things are."""
 
 import json
+from dataclasses import replace
 
+import polars as pl
+import pyarrow.parquet as pq
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -9,13 +12,17 @@ from torchvision.ops import box_iou
 from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen2Tokenizer
 
 import extract.pocket.train as training
+import store
 from extract.boxes import parse_box
+from extract.config import POCKET, PRESETS
 from extract.model import load_model, load_processor
 from extract.pocket.build import SPECIAL_TOKENS, WEIGHTS, build_config
 from extract.pocket.evaluate import ask, fresh_scenes, score, score_descriptions, wilson
 from extract.pocket.lesson import Teacher, box_answer
 from extract.pocket.train import TrainConfig, grouped_windows
 from extract.prompts import editing_template, ground_text
+from extract.run import extract
+from extract.scenes.shards import ScenesConfig, write_scenes
 
 MEGABYTE = 1_000_000
 
@@ -136,6 +143,24 @@ def test_it_describes_the_picture_and_the_change_under_the_editing_prompt(model,
     # Word for word, place included: a guess has the region right one time in nine.
     assert scores["change"] >= 0.7
     assert scores["scene"] >= 0.7
+
+
+def test_data_without_boxes_get_the_models_own_under_the_paper_presets_settings(tmp_path):
+    """What the paper preset does to OmniEdit: no true boxes, shrunken pictures, prompt states only, any order."""
+    write_scenes(ScenesConfig(tmp_path / "src", samples=24, seed=90))
+    (shard,) = (tmp_path / "src").glob("*.parquet")
+    (tmp_path / "data").mkdir()
+    pq.write_table(pq.read_table(shard).drop_columns(["box", "objects"]), tmp_path / "data" / "train-00000.parquet")
+    settings = {"data": str(tmp_path / "data"), "store": str(tmp_path / "s.zarr"), "limit": 24, "max_pixels": 30_000}
+    assert extract(replace(PRESETS[POCKET], **settings, tokens="text", shuffle=True)) == 0
+    samples = store.open(tmp_path / "s.zarr").samples.filter("valid")
+    assert samples["n_image"].max() <= 30_000 // 28**2
+    assert (samples["x1"] == samples["vlm_x1"]).all()
+    truth = dict(pl.read_parquet(shard).select("omni_edit_id", "box").iter_rows())
+    given = torch.tensor(samples.select("x1", "y1", "x2", "y2").to_numpy(), dtype=torch.float32)
+    ious = box_iou(given, torch.tensor([truth[name] for name in samples["sample_id"]], dtype=torch.float32)).diagonal()
+    assert len(samples) >= 22
+    assert (ious >= 0.5).float().mean() >= 0.5  # smaller pictures than it was taught
 
 
 def test_the_log_travels_with_the_weights():
