@@ -11,15 +11,33 @@ class Sizes:
     samples: int
     """Scenes of the pocket store."""
     batch: int
-    """Scenes of a pass, and samples of a shuffled batch."""
+    """Scenes of a pass."""
     made_samples: int
-    """Samples of the made-up store, whose states are as wide as a 7B model's."""
+    """Samples of the made-up states, which are as wide as a 7B model's."""
     made_layers: int
-    """Its layers."""
+    """Their layers."""
     made_width: int
-    """Its width."""
+    """Their width."""
+    made_image: tuple[int, int]
+    """Least and most image tokens of a sample."""
+    made_text: tuple[int, int]
+    """Least and most prompt tokens of a sample."""
+    gathered: int
+    """Samples of a shuffled batch."""
+    prompt_layers: int
+    """Layers of a shuffled batch of prompts."""
     epochs: int
     """Epochs of shuffled batches in one reading: a training run starts its reader once, not once an epoch."""
+    made_epochs: int
+    """The same for the made-up states, which are eighty times as many bytes."""
+    codec_bytes: int
+    """States that codecs are tried on."""
+    written: int
+    """Samples that are written while the clock runs."""
+    opened_samples: int
+    """Samples of the store that is only opened."""
+    opened_layers: int
+    """Its layers."""
     steps: int
     """Training steps of the proxies that are timed."""
     proxy_depth: int
@@ -33,10 +51,19 @@ class Sizes:
 FULL = Sizes(
     samples=128,
     batch=32,
-    made_samples=192,
-    made_layers=3,
+    made_samples=128,
+    made_layers=10,
     made_width=3584,
-    epochs=8,
+    made_image=(210, 250),
+    made_text=(24, 40),
+    gathered=64,
+    prompt_layers=10,
+    epochs=2,
+    made_epochs=1,
+    codec_bytes=8_000_000,
+    written=16,
+    opened_samples=128_000,
+    opened_layers=29,
     steps=3,
     proxy_depth=6,
     repeats=5,
@@ -45,10 +72,19 @@ FULL = Sizes(
 QUICK = Sizes(
     samples=12,
     batch=6,
-    made_samples=8,
-    made_layers=2,
+    made_samples=10,
+    made_layers=3,
     made_width=64,
+    made_image=(6, 12),
+    made_text=(5, 20),
+    gathered=5,
+    prompt_layers=2,
     epochs=1,
+    made_epochs=1,
+    codec_bytes=10_000,
+    written=3,
+    opened_samples=200,
+    opened_layers=3,
     steps=1,
     proxy_depth=1,
     repeats=1,
@@ -61,7 +97,8 @@ class BenchConfig:
     """Measure the numbers this project answers for and print them as one table of ratios.
 
     Each ratio is to a named baseline that ran in turns with it, so that the drift of a shared machine cancels. The
-    result is appended, with the machine and the commit, to a JSON file of the day and the machine. About three minutes.
+    result is appended, with the machine and the commit, to a JSON file of the day and the machine. About eight minutes,
+    and 15 GB of scratch.
     """
 
     quick: bool = False

@@ -1,5 +1,7 @@
 """The bench: every row beside its named baseline, turns that are fair, and a history that is data."""
 
+import contextlib
+import io
 import json
 import subprocess
 import sys
@@ -9,7 +11,8 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-ROWS = {"capture": 3, "extraction": 6, "store: pocket states": 6, "store: made up, 64 wide": 6, "proxies": 1}
+FEW = {"capture": 3, "extraction": 6, "proxies": 1}
+"""Rows of the parts that are not about the store."""
 
 
 @pytest.fixture(scope="module")
@@ -22,20 +25,96 @@ def bench():
         yield bench
 
 
-def test_a_quick_run_prints_every_row_and_keeps_it_as_data(bench, tmp_path, capsys):
-    bench.run.bench(bench.config.BenchConfig(quick=True, history=tmp_path / "history", note="a test"))
-    printed = capsys.readouterr().out
-    (path,) = (tmp_path / "history").iterdir()
+@pytest.fixture(scope="module")
+def ran(bench, tmp_path_factory):
+    """What a quick run printed, and where it kept the record."""
+    history = tmp_path_factory.mktemp("bench") / "history"
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        bench.run.bench(bench.config.BenchConfig(quick=True, history=history, note="a test"))
+    (path,) = history.iterdir()
+    return printed.getvalue(), path
+
+
+@pytest.fixture
+def quick(ran):
+    """Rows of the quick run."""
+    (record,) = json.loads(ran[1].read_text())
+    return record["rows"]
+
+
+def test_a_quick_run_prints_every_row_and_keeps_it_as_data(ran):
+    printed, path = ran
     (record,) = json.loads(path.read_text())
     assert path.name == f"{record['time'][:10]}-{record['slug']}.json"
     assert record["note"].startswith("a test; quick")
     assert record["machine"]["processor"] in printed
     rows = record["rows"]
-    assert {part: sum(row["part"] == part for row in rows) for part in ROWS} == ROWS
-    assert len(rows) == sum(ROWS.values())
+    assert {part: sum(row["part"] == part for row in rows) for part in FEW} == FEW
     for row in rows:
-        assert row["name"] in printed and row["baseline"] in printed
-        assert 0 < row["low"] <= row["ratio"] <= row["high"] < np.inf
+        assert row["name"] in printed and row["baseline"] in printed and row["part"] in printed
+        if row["ratio"] is None:
+            assert row["note"] and row["note"] in printed
+        else:
+            assert 0 < row["low"] <= row["ratio"] <= row["high"] < np.inf
+    assert "MISSED" not in printed, "a quick run says nothing about speed"
+
+
+@pytest.mark.parametrize("label", ["pocket states", "made-up states, 64 wide"])
+def test_the_store_is_measured_beside_every_rival(bench, quick, label):
+    parts = {}
+    for row in quick:
+        if row["part"].startswith(f"{label}: "):
+            parts.setdefault(row["part"].removeprefix(f"{label}: "), []).append(row)
+    codecs = {row["name"] for part, rows in parts.items() if part.startswith("codecs") for row in rows}
+    assert codecs >= {*bench.rivals.CODECS, "store, none", "store, zstd", "store, int8", "store, fp8"}
+    shuffled = [rows for part, rows in parts.items() if part.startswith("shuffled ") and "from disk" not in part]
+    from_disk = [rows for part, rows in parts.items() if part.startswith("shuffled from disk")]
+    assert len(shuffled) == len(from_disk) == 2
+    kept = {kind.name for kind in (*bench.rivals.MAPS, *bench.rivals.KEEPERS)}
+    for rows in shuffled:
+        named = {name for row in rows for name in (row["name"], row["baseline"])}
+        assert named >= kept | {f"{kind.name}, zstd store" for kind in bench.rivals.READERS}
+        promised = {(row["name"], row["goal"]) for row in rows if row["goal"]}
+        assert promised >= {("store, none", 0.9), ("store, zstd", 0.5), ("store, none", 3.0)}
+    assert {row["goal"] for rows in from_disk for row in rows if row["name"] == "store, none"} == {2.0, 10.0}
+    assert {row["goal"] for row in parts["writing"] if row["name"] == "store, none"} == {0.7}
+    assert "verify" in {row["name"] for row in parts["writing, verification"]}
+    assert "arrays, zstd" in {row["name"] for row in parts["on disk"]}
+
+
+def test_a_rival_that_is_not_there_is_a_row(bench):
+    with pytest.raises(bench.rivals.Unavailable, match="not installed"):
+        bench.rivals.need("a_package_that_nobody_has")
+    row = bench.measure.missing_row("part", "absent", "base", "not installed")
+    record = {"machine": bench.machine.describe(), "settings": {"quick": False, "threads": 1, "repeats": 1}}
+    record |= {"commit": None, "time": "", "weights": "", "note": ""}
+    assert "not installed" in bench.report.table(record, [row])
+    assert row.met is None
+
+
+def test_a_goal_is_kept_or_missed(bench):
+    even = np.ones(3)
+    fast, slow = (bench.measure.rate_row("part", "x", 1e6, s * even, "base", even, goal=0.9) for s in (1.1, 1.2))
+    small = bench.measure.size_row("part", "x", 2.0, "base", 1.0, goal=2.5)
+    assert (fast.met, slow.met, small.met) == (True, False, True)
+    record = {"machine": bench.machine.describe(), "settings": {"quick": False, "threads": 1, "repeats": 1}}
+    record |= {"commit": None, "time": "", "weights": "", "note": ""}
+    printed = bench.report.table(record, [fast, slow, small])
+    assert "≥ 0.90 met" in printed and "≥ 0.90 MISSED" in printed and "≤ 2.50 met" in printed
+    assert "2 of 3 goals met; missed:" in printed
+
+
+def test_files_leave_memory_and_a_touched_map_keeps_them(bench, tmp_path):
+    path = tmp_path / "file.bin"
+    path.write_bytes(bytes(2**24))
+    try:
+        bench.measure.drop_from_memory([path])
+    except bench.measure.StillWarm as why:
+        pytest.skip(f"this file system keeps what it has: {why}")
+    mapped = np.memmap(path, np.uint8, "r")
+    assert mapped[:: 2**12].sum() == 0
+    with pytest.raises(bench.measure.StillWarm, match="pages stay"):
+        bench.measure.drop_from_memory([path])
 
 
 def test_contenders_take_turns_and_the_order_alternates(bench):
