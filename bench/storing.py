@@ -78,7 +78,8 @@ def make_up(folder: Path, sizes: Sizes) -> Values:
         ["image"] * n_image + ["instruction"] * n_text for n_image, n_text in plan.samples["n_image", "n_text"].rows()
     ]
     tables = [pl.DataFrame({"position": range(len(one)), "kind": one}) for one in kinds]
-    values = _new_values(plan, folder, tables)
+    folder.mkdir()
+    values = Values(plan, folder, tables)
     random = np.random.default_rng(0)
     channels_w = random.lognormal(0, 0.6, plan.width).astype(np.float32)
     channels_w[random.choice(plan.width, 6, replace=False)] *= 200
@@ -99,18 +100,14 @@ def read_back(path: Path, folder: Path) -> Values:
     opened = store.open(path)
     plan = replace(opened.plan, attention=(), attention_layers=(), attention_heads=None)
     tables = opened.tokens.collect().sort("sample", "position").partition_by("sample", maintain_order=True)
-    values = _new_values(plan, folder, [table.drop("sample") for table in tables])
+    folder.mkdir()
+    values = Values(plan, folder, [table.drop("sample") for table in tables])
     for kind in values.counts:
         out = values.map(kind, "w+")
         states, _mask = opened.read(range(plan.n_samples), list(opened.layers), kind)
         out[:] = states.view(torch.uint16).numpy()
         out.flush()
     return values
-
-
-def _new_values(plan: store.Plan, folder: Path, tables: Sequence[pl.DataFrame]) -> Values:
-    folder.mkdir()
-    return Values(plan, folder, tables)
 
 
 def measure(values: Values, label: str, sizes: Sizes, epochs: int, turns: Turns, scratch: Path) -> list[Row]:
@@ -307,6 +304,7 @@ def _warm(
 
     def add(name: str, kind: type[Rival], folder: Path) -> None:
         try:
+            kind.write(values, ask, folder)
             rival = kind(values, ask, folder)
         except Unavailable as why:
             missing[name] = str(why)
@@ -318,13 +316,8 @@ def _warm(
 
     kept = scratch / "rivals"
     for kind in (*MAPS, *KEEPERS):
-        folder = values.folder if issubclass(kind, PaddedMap) and "write" not in vars(kind) else kept / kind.__name__
-        folder.mkdir(parents=True, exist_ok=True)
-        try:
-            kind.write(values, ask, folder)
-        except Unavailable as why:
-            missing[kind.name] = str(why)
-            continue
+        folder = kept / kind.__name__
+        folder.mkdir(parents=True)
         add(kind.name, kind, folder)
     readers = {codec: {f"{kind.name}, {codec} store": kind for kind in READERS} for codec in stores}
     for codec, path in stores.items():
@@ -513,7 +506,9 @@ def memory(values: Values, label: str, scratch: Path) -> list[Row]:
             peak = process.submit(peak_of_writing, path, _plan(values, codec)).result()
         row = part, f"store, {codec}, peak over what it began with"
         baseline = "the block's raw values"
-        rows.append(size_row(*row, peak, baseline, raw) if peak else missing_row(*row, baseline, "no /proc here"))
+        rows.append(
+            missing_row(*row, baseline, "no /proc here") if peak is None else size_row(*row, peak, baseline, raw)
+        )
         shutil.rmtree(path)
     return rows
 
