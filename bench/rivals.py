@@ -127,7 +127,8 @@ class Values:
 
     def head(self, n: int) -> "Values":
         """The first samples alone, which lie at the start of the same files."""
-        head = Values(replace(self.plan, samples=self.plan.samples.head(n)), self.folder, self.tables[:n])
+        grown = {"generations": (), "extents": {}} if hasattr(self.plan, "generations") else {}
+        head = Values(replace(self.plan, samples=self.plan.samples.head(n), **grown), self.folder, self.tables[:n])
         # The longest of all, so that the strides stay those of the files.
         head.longest = self.longest
         return head
@@ -326,7 +327,10 @@ class Zarrs(ZarrPython):
 
     def open(self) -> None:
         need("zarrs")
-        super().open()
+        with warnings.catch_warnings():
+            # Of an array that it cannot read it warns, and lets zarr-python's own pipeline do it.
+            warnings.filterwarnings("error", "Array is unsupported by ZarrsCodecPipeline")
+            super().open()
 
 
 class TensorStore(Rival):
