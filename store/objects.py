@@ -36,10 +36,16 @@ PIECE = 8 * 2**20
 """Bytes that are read or sent at a time. An upload has at most 10,000 parts, so this allows files of 80 GB."""
 
 # The first contact answers soon: a wrong endpoint shows as a connection that fails. Later a server that was there is
-# waited for: 100 ms, doubled up to 15 s, for as long as signed requests are good.
-_FIRST_CONTACT = {"max_retries": 4, "retry_timeout": timedelta(seconds=8)}
-_LATER = {"max_retries": 30, "retry_timeout": timedelta(minutes=4)}
-_CLIENT = {"connect_timeout": "5s", "read_timeout": "60s", "timeout": "5min"}
+# waited for: 100 ms, doubled up to 15 s, for as long as signed requests are good. A piece may take two minutes.
+_FIRST_CONTACT = {
+    "client_options": {"connect_timeout": "5s", "timeout": "10s"},
+    "retry_config": {"max_retries": 4, "retry_timeout": timedelta(seconds=8)},
+}
+_LATER = {
+    "client_options": {"connect_timeout": "5s", "read_timeout": "2min", "timeout": "5min"},
+    "retry_config": {"max_retries": 30, "retry_timeout": timedelta(minutes=4)},
+}
+
 UPLOADS = 4
 """Pieces of a file on their way at a time."""
 
@@ -53,7 +59,7 @@ _PAST_END = "status code: 416"
 
 
 class ObjectPlace(Place):
-    """A prefix of an object store; tested with S3, and with what else obstore and polars share for gs and az.
+    """A prefix of an object store. Tested with S3; gs and az go the same ways, untested.
 
     Attributes
     ----------
@@ -95,7 +101,7 @@ class ObjectPlace(Place):
         with self._refusing():
             next(obstore.list(self._connect(_FIRST_CONTACT), chunk_size=1), None)
 
-    def _connect(self, retries: dict[str, Any]) -> Any:
+    def _connect(self, patience: dict[str, Any]) -> Any:
         global _started_in
         _started_in = _started_in or os.getpid()
         if _started_in != os.getpid():
@@ -106,9 +112,9 @@ class ObjectPlace(Place):
         endpoint = _endpoint()
         if endpoint and not re.match(r"https?://[^/]", endpoint):
             raise Refusal(f"{self}: AWS_ENDPOINT_URL is {endpoint}: it begins with https:// or http://")
-        options = {**_CLIENT, "allow_http": endpoint.startswith("http://")}
+        options = {**patience["client_options"], "allow_http": endpoint.startswith("http://")}
         with self._refusing():
-            return from_url(self.url, client_options=options, retry_config=retries)
+            return from_url(self.url, client_options=options, retry_config=patience["retry_config"])
 
     @property
     def _store(self) -> Any:
