@@ -5,7 +5,7 @@ import json
 import platform
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from store.files import write_whole
+from store.places import write_file
 
 INK = "#222222"
 QUIET = "#767676"
@@ -117,7 +117,5 @@ def save(figure: Figure, out: Path, name: str, data: pl.DataFrame, making: Mappi
     written.append((f"{name}.csv", data.write_csv().encode()))
     written.append((f"{name}.json", json.dumps(about, indent=1, ensure_ascii=False).encode()))
     for file, content in written:
-        write_whole(out / file, [content], out / ".partial")
-    with suppress(OSError):  # another figure may be being written there
-        (out / ".partial").rmdir()
+        write_file(out / file, content)
     return [out / file for file, _ in written]

@@ -47,7 +47,7 @@ class Pocket:
     def fill_store(self) -> None:
         """The block loop of ``python -m extract``."""
         with quiet():
-            extract_blocks(self.extractor, self.plan, store.pending(self.config.store))
+            extract_blocks(self.extractor)
 
 
 def set_up(config: BenchConfig, scratch: Path) -> Pocket:
@@ -73,7 +73,7 @@ def set_up(config: BenchConfig, scratch: Path) -> Pocket:
         if extract(asked):
             raise RuntimeError(f"the extraction that is to be measured failed: python -m store verify {asked.store}")
         plan = store.load_plan(asked.store)
-        extractor = make_extractor(asked, folder, torch.device("cpu"), plan.layers, Clock())
+        extractor = make_extractor(asked, folder, torch.device("cpu"), plan, Clock())
     return Pocket(asked, plan, extractor, "shipped" if shipped else "random")
 
 

@@ -31,7 +31,9 @@ class ExtractConfig:
     """Folder of parquet shards in OmniEdit's columns, one shard, or a hub id (streamed). The pocket preset's own
     folder is drawn if it is missing."""
     store: str = "data/store.zarr"
-    """Folder of the store (made if missing)."""
+    """Folder of the store, or a URL such as s3://bucket/name.zarr (made if missing)."""
+    grow: bool = False
+    """Add to a store that is there the samples and layers of this command that it lacks; nothing in it is touched."""
     limit: int | None = 4096
     """Number of good samples to take; the data are read until so many are found or they end."""
     prompt: Literal["first", "last", "random"] = "first"
@@ -63,8 +65,11 @@ class ExtractConfig:
     box get this one as their true box, and the area filter applies to it."""
     max_new_tokens: int = 400
     """Longest answer when asked for the box."""
-    codec: Literal["zstd", "none"] = "zstd"
-    """Lossless compression of image states and attention; prompt states are kept raw, they are small."""
+    codec: Literal["none", "zstd", "planes", "int8", "fp8"] = "zstd"
+    """Compression of image states: zstd (lossless, any Zarr reader), planes (lossless, smaller, read by this package),
+    int8 and fp8 (lossy), or none. Attention rows are zstd unless this is none."""
+    text_codec: Literal["none", "zstd", "planes", "int8", "fp8"] = "none"
+    """Compression of prompt states; they are small and read most."""
     batch_size: int = 32
     """Samples a pass."""
     device: Literal["auto", "cuda", "cpu"] = "auto"

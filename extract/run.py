@@ -4,7 +4,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -58,7 +58,8 @@ class Extractor:
     model: nn.Module
     conditioner: Conditioner
     grounder: Conditioner
-    layers: tuple[str, ...]
+    plan: store.Plan
+    """The part of the store that is filled: its layers, kinds and attention rows are kept."""
     clock: Clock
 
     def ask_boxes(self, pairs: Sequence[tuple]) -> list[Box | None]:
@@ -73,20 +74,25 @@ class Extractor:
             batch = self.conditioner.batch(pairs)
             tables = self.conditioner.tokens(batch, names).partition_by("sample", maintain_order=True)
             batch = batch.to(self.model.device)
-        rows = None if self.config.attention == "none" else self.config.attention
+        plan, mask = self.plan, batch.query_mask
+        rows = {"row_layers": plan.attention_layers, "query_mask": mask} if plan.attention else {}
+        mode = ("mean" if plan.attention_heads is None else "heads") if plan.attention else None
         with self.clock("forward"):
-            done = single_pass(self.model, batch.inputs, self.layers, rows, batch.query_mask if rows else None)
+            done = single_pass(self.model, batch.inputs, plan.layers, mode, **rows)
             given = [self._kept(done, batch, number) for number in range(len(pairs))]
+        if plan.part:  # layers that are added have the tokens of those that were there
+            return given
         return [one | {"tokens": table.drop("sample")} for one, table in zip(given, tables, strict=True)]
 
     def _kept(self, done: Pass, batch: Batch, number: int) -> dict[str, np.ndarray]:
         """What is kept of one sample of a pass, moved to the CPU."""
         masks = {"image": batch.image_mask[number], "text": batch.text_mask[number]}
-        kinds = tuple(masks) if self.config.tokens == "all" else ("text",)
-        kept = {kind: done.hidden[:, number, masks[kind]].cpu().view(torch.uint16).numpy() for kind in kinds}
+        kept = {}
+        for kind in self.plan.kinds if self.plan.layers else ():
+            kept[kind] = done.hidden[:, number, masks[kind]].cpu().view(torch.uint16).numpy()
         if done.rows is not None:
             own = done.rows[number][..., : int(batch.query_mask[number].sum()), :]
-            kept |= {f"text_to_{kind}": own[..., mask].cpu().numpy() for kind, mask in masks.items()}
+            kept |= {name: own[..., masks[name.removeprefix("text_to_")]].cpu().numpy() for name in self.plan.attention}
         return kept
 
 
@@ -134,6 +140,7 @@ class Planner:
             attention_layers=tuple(name for name in layers if name.isdecimal()) if rows else (),
             attention_heads=text.num_attention_heads if config.attention == "heads" else None,
             codec=config.codec,
+            text_codec=config.text_codec,
         )
 
     def draw_own_scenes(self) -> None:
@@ -178,14 +185,21 @@ def planned_samples(config: ExtractConfig, plan: store.Plan) -> Iterator[tuple[i
         yield left, "the data no longer hold it in the planned order"
 
 
-def fill_block(extractor: Extractor, plan: store.Plan, block, members: Sequence[tuple[int, Sample | str]], bar) -> None:
-    """Extract one block: batches of alike length, the model's own boxes first where they decide what is kept."""
-    config, clock = extractor.config, extractor.clock
+def fill_block(
+    extractor: Extractor, valid: np.ndarray, block, members: Sequence[tuple[int, Sample | str]], bar
+) -> None:
+    """Extract one block: batches of alike length, the model's own boxes first where they decide what is kept.
+
+    ``valid`` says which samples have states in the part that was created; it counts when layers are added.
+    """
+    config, clock, plan = extractor.config, extractor.clock, extractor.plan
     ready = []
     for number, sample in members:
         try:
             if isinstance(sample, str):
                 raise BadSample(sample)
+            if plan.part and not valid[number]:
+                raise BadSample("it has no states of the layers that were there first")
             with clock("decode"):
                 ready.append((number, sample, sample.image))
         except BadSample as bad:
@@ -196,7 +210,7 @@ def fill_block(extractor: Extractor, plan: store.Plan, block, members: Sequence[
     for first in range(0, len(ready), config.batch_size):
         batch = ready[first : first + config.batch_size]
         values: dict[int, dict] = {number: {} for number, _, _ in batch}
-        if config.vlm_boxes:
+        if config.vlm_boxes and not plan.part:
             boxes = extractor.ask_boxes([(image, sample.instruction) for _, sample, image in batch])
             kept = []
             for one, box in zip(batch, boxes, strict=True):
@@ -250,20 +264,25 @@ def extract(config: ExtractConfig) -> int:
     if config.dry_run:
         return 0
     store.check_space(config.store, sum(estimate.values()))
-    store.create(config.store, plan, set_aside)
-    pending = store.pending(config.store)
-    if pending:
-        with clock("load"):
-            extractor = make_extractor(config, folder, device, plan.layers, clock)
-        extract_blocks(extractor, plan, pending)
+    if config.grow:
+        store.grow(config.store, plan, set_aside)
+    else:
+        store.create(config.store, plan, set_aside)
+    extractor = None
+    for part in store.load_parts(config.store):
+        if store.pending(config.store, part.part):
+            if extractor is None:
+                with clock("load"):
+                    extractor = make_extractor(config, folder, device, part, clock)
+            extract_blocks(replace(extractor, plan=part))
     with clock("verify"):
         report = store.verify(config.store)
-    print_summary(config, plan, clock, time.perf_counter() - began, report)
+    print_summary(config, clock, time.perf_counter() - began, report)
     return 0 if report.ok else 1
 
 
 def make_extractor(
-    config: ExtractConfig, folder: Path, device: torch.device, layers: tuple[str, ...], clock: Clock
+    config: ExtractConfig, folder: Path, device: torch.device, plan: store.Plan, clock: Clock
 ) -> Extractor:
     """Load the model and set up both conditioners."""
     model = load_model(folder, device)
@@ -273,27 +292,33 @@ def make_extractor(
         model,
         Conditioner(processor, editing_template(), config.positions, model),
         Conditioner(processor, GROUND_TEMPLATE, "mrope", model),
-        layers,
+        plan,
         clock,
     )
 
 
-def extract_blocks(extractor: Extractor, plan: store.Plan, pending: Sequence[int]) -> None:
-    """Fill the pending blocks, in order, with a bar over their samples."""
-    config, wanted = extractor.config, set(pending)
-    left = sum(len(plan.block(b)) for b in pending)
-    source = planned_samples(config, plan)
+def extract_blocks(extractor: Extractor) -> None:
+    """Fill the blocks that are left of the extractor's part, with a bar over their samples."""
+    config, plan = extractor.config, extractor.plan
+    valid = store.open(config.store).valid
+    done, source = 0, planned_samples(config, plan)
+    left = sum(len(plan.block(b)) for b in store.pending(config.store, plan.part))
+    described = "extract" if plan.part == 0 else f"extract part {plan.part}"
     with (
-        store.Writer(config.store, config.worker) as writer,
-        tqdm(total=plan.n_samples, initial=plan.n_samples - left, desc="extract", unit="sample") as bar,
+        store.Writer(config.store, config.worker, plan.part) as writer,
+        tqdm(total=plan.n_samples, initial=plan.n_samples - left, desc=described, unit="sample") as bar,
     ):
-        for b in range(plan.n_blocks):
+        for b in writer.blocks():
+            if b < done:  # another worker gave it up; the data are read from the start again
+                done, source = 0, planned_samples(config, plan)
             with extractor.clock("read"):
-                members = [next(source) for _ in plan.block(b)]
-            if b not in wanted:
-                continue
+                while done <= b:
+                    members = [next(source) for _ in plan.block(done)]
+                    done += 1
             with writer.block(b) as block:
-                fill_block(extractor, plan, block, members, bar)
+                fill_block(extractor, valid, block, members, bar)
+        with extractor.clock("write"):
+            writer.flush()
 
 
 def print_plan(plan: store.Plan, set_aside: pl.DataFrame, estimate: dict[str, int], limit: int | None) -> None:
@@ -315,15 +340,15 @@ def print_plan(plan: store.Plan, set_aside: pl.DataFrame, estimate: dict[str, in
         print(f"  the data hold fewer usable samples than --limit {limit}")
 
 
-def print_summary(config: ExtractConfig, plan: store.Plan, clock: Clock, seconds: float, report: store.Report) -> None:
+def print_summary(config: ExtractConfig, clock: Clock, seconds: float, report: store.Report) -> None:
     """What is on disk, what was set aside and why, where the time went."""
     opened = store.open(config.store)
     on_disk = store.disk_usage(config.store)["total"]["disk"]
     valid = opened.samples.filter(pl.col("valid"))
     tokens = int(valid["n_image"].sum() + valid["n_text"].sum())
-    raw = sum(plan.bytes_raw(np.asarray(opened.valid)).values())
+    raw = sum(sum(part.bytes_raw(opened.valid_in(part.part)).values()) for part in opened.parts)
     print(f"\nstore {config.store}")
-    print(f"  samples    {len(valid)} of {plan.n_samples} planned ({tokens} tokens, {len(plan.layers)} layers)")
+    print(f"  samples    {len(valid)} of {report.planned} planned ({tokens} tokens, {len(opened.layers)} layers)")
     print(f"  size       {raw / 1e9:.3f} GB raw, {on_disk / 1e9:.3f} GB on disk")
     aside = reasons_of(opened.set_aside)
     print(

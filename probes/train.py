@@ -1,6 +1,5 @@
 """``python -m probes train``: every proxy of a store, in stacks, each finished one on disk at once."""
 
-import contextlib
 import io
 import json
 import platform
@@ -27,7 +26,7 @@ from probes.learn import predict, train_stack
 from probes.qformer import take
 from probes.specs import Spec, specs
 from store.errors import Refusal
-from store.files import readable, write_whole
+from store.places import readable, write_file
 
 PROVENANCE = "probes.json"
 GB = 1e9
@@ -117,7 +116,7 @@ def begin(config: ProbeConfig, making: dict, wanted: Sequence[Spec], opened: Any
         "probes": [asdict(spec) for spec in wanted],
         "versions": {"python": platform.python_version(), "torch": torch.__version__, "numpy": np.__version__},
     }
-    write(config.out, PROVENANCE, json.dumps(provenance, indent=1).encode())
+    write_file(config.out / PROVENANCE, json.dumps(provenance, indent=1).encode())
 
 
 def brief(value: Any) -> str:
@@ -248,12 +247,5 @@ def gather(config: ProbeConfig, wanted: Sequence[Spec], found: Scenes) -> None:
     for name, tables in (("results", results), ("predictions", predictions)):
         buffer = io.BytesIO()
         pl.concat(tables).write_parquet(buffer)
-        size, _ = write(config.out, f"{name}.parquet", buffer.getvalue())
+        size = write_file(config.out / f"{name}.parquet", buffer.getvalue())
         print(f"{config.out / name}.parquet  {readable(size)}")
-    with contextlib.suppress(OSError):  # another run may be writing there
-        (config.out / trained.PARTIAL).rmdir()
-
-
-def write(out: Path, name: str, data: bytes) -> tuple[int, str]:
-    """One file of the results, whole or not at all."""
-    return write_whole(out / name, [data], out / trained.PARTIAL)

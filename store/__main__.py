@@ -1,8 +1,7 @@
-"""``python -m store``: routes to verify, repair, inspect and du."""
+"""``python -m store``: routes to verify, repair, inspect, du, copy and drop."""
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Annotated
 
 import tyro
@@ -14,8 +13,8 @@ from store.commandline import route
 class StoreConfig:
     """A store, and how to print about it."""
 
-    store: Annotated[Path, tyro.conf.Positional]
-    """Folder of the store."""
+    store: Annotated[str, tyro.conf.Positional]
+    """Folder or URL (s3://bucket/name) of the store."""
     json: bool = False
     """Print one JSON object instead of text."""
 
@@ -26,6 +25,49 @@ class InspectConfig(StoreConfig):
 
     sample: int | None = None
     """Row of the samples table to show; the first with states if not given."""
+
+
+@dataclass(frozen=True)
+class UsageConfig(StoreConfig):
+    """What to count of a store."""
+
+    by_layer: bool = False
+    """Count every layer of an array as well."""
+
+
+@dataclass(frozen=True)
+class CopyConfig:
+    """What to copy of a store, and how to keep it there. Killed, the same command goes on."""
+
+    store: Annotated[str, tyro.conf.Positional]
+    """Folder or URL of the store."""
+    target: Annotated[str, tyro.conf.Positional]
+    """Folder or URL of the new store."""
+    split: str | None = None
+    """Only samples of this split."""
+    limit: int | None = None
+    """Only so many samples, the first."""
+    layers: str | None = None
+    """Layers by name, with commas between; all if not given."""
+    kinds: str | None = None
+    """Kinds of tokens, image or text or both with a comma between; all if not given."""
+    attention: bool = True
+    """Attention rows of the kept layers as well."""
+    codec: str | None = None
+    """Codec of image states: none, zstd (any Zarr reader), planes (smaller, needs this package), int8 or fp8 (lossy);
+    as in the store if not given."""
+    text_codec: str | None = None
+    """Codec of text states; as in the store if not given."""
+
+
+@dataclass(frozen=True)
+class DropConfig:
+    """What to take out of a store."""
+
+    store: Annotated[str, tyro.conf.Positional]
+    """Folder or URL of the store."""
+    array: Annotated[str, tyro.conf.Positional]
+    """derived/NAME, hidden/image, hidden/text, attention/text_to_image or attention/text_to_text."""
 
 
 def verify(config: StoreConfig) -> int:
@@ -70,9 +112,16 @@ def inspect(config: InspectConfig) -> None:
     for name, array in found["arrays"].items():
         dims = ", ".join(f"{dim} {size}" for dim, size in zip(array["dims"], array["shape"], strict=True))
         print(f"  {name:<24} {dims}  {array['dtype']}, {array['codec']}, shards of {array['shard'][0]} samples")
-    print("layer     mean norm: image      text")
+    for name, derived in found["derived"].items():
+        dims = ", ".join(f"{dim} {size}" for dim, size in zip(derived["dims"], derived["shape"], strict=True))
+        print(f"  {'derived/' + name:<24} {dims}  {derived['dtype']}")
+    print("layer     mean norm: image      text   massive dimensions (times the median one)")
     for layer, norms in found["norms"].items():
-        print(f"  {layer:<8} {norms.get('image', float('nan')):>15.2f} {norms.get('text', float('nan')):>9.2f}")
+        massive = {one["dim"]: one["ratio"] for ones in found["massive"][layer].values() for one in ones}
+        shown = ", ".join(f"{dim} (x {ratio:.0f})" for dim, ratio in sorted(massive.items(), key=lambda one: -one[1]))
+        print(
+            f"  {layer:<8} {norms.get('image', float('nan')):>15.2f} {norms.get('text', float('nan')):>9.2f}   {shown}"
+        )
     if found["sample"]:
         tokens = found["sample"].pop("tokens")
         print("sample " + ", ".join(f"{name}={value!r}" for name, value in found["sample"].items()))
@@ -80,12 +129,12 @@ def inspect(config: InspectConfig) -> None:
             print("  " + ", ".join(f"{name}={value!r}" for name, value in token.items() if value is not None))
 
 
-def du(config: StoreConfig) -> None:
-    """Show bytes of the values and on disk, by array."""
-    from store.files import readable
+def du(config: UsageConfig) -> None:
+    """Show bytes of the values and on disk, by array and, if asked, by layer."""
     from store.inspection import disk_usage
+    from store.places import readable
 
-    usage = disk_usage(config.store)
+    usage = disk_usage(config.store, config.by_layer)
     if config.json:
         print(json.dumps(usage))
         return
@@ -93,9 +142,55 @@ def du(config: StoreConfig) -> None:
         print(
             f"{name:<24} raw {readable(part['raw']):>10}  disk {readable(part['disk']):>10}  ratio {part['ratio']:.3f}"
         )
+        for layer, size in part.get("layers", {}).items():
+            print(f"  layer {layer:<32} disk {readable(size):>10}")
+    print(f"{usage['total']['files']} files")
 
 
-COMMANDS = {"verify": verify, "repair": repair, "inspect": inspect, "du": du}
+def copy(config: CopyConfig) -> None:
+    """Copy a part of a store, or all of it with another codec, to a new store."""
+    import numpy as np
+
+    from store.errors import Refusal
+    from store.growth import copy
+    from store.reader import open_store
+
+    store = open_store(config.store)
+    chosen = np.flatnonzero(store.valid)
+    if config.split is not None:
+        chosen = chosen[(store.samples["split"] == config.split).to_numpy()[chosen]]
+    chosen = chosen[: config.limit]
+    if not chosen.size:
+        raise Refusal(
+            f"nothing to copy: {config.store} has no samples of --split {config.split} --limit {config.limit}"
+        )
+
+    def names(given: str | None) -> list[str] | None:
+        return None if given is None else [name.strip() for name in given.split(",")]
+
+    place = copy(
+        config.store,
+        config.target,
+        samples=chosen,
+        layers=names(config.layers),
+        kinds=names(config.kinds),
+        attention=None if config.attention else (),
+        codec=config.codec,
+        text_codec=config.text_codec,
+        progress=True,
+    )
+    print(f"{place}: {chosen.size} samples")
+
+
+def drop(config: DropConfig) -> None:
+    """Take an array out of a store and free its bytes; the rest is not touched."""
+    from store.growth import drop
+
+    drop(config.store, config.array)
+    print(f"{config.array} is no longer in {config.store}")
+
+
+COMMANDS = {"verify": verify, "repair": repair, "inspect": inspect, "du": du, "copy": copy, "drop": drop}
 
 if __name__ == "__main__":
-    route("python -m store", "Look at a store of hidden states and check it.", COMMANDS)
+    route("python -m store", "Look at a store of hidden states, check it, mend it, copy it.", COMMANDS)

@@ -9,7 +9,13 @@ import numpy as np
 BFLOAT16_NAN = 0x7FC0
 """The quiet NaN of bfloat16: the fill value, so that what is missing is NaN for stock readers too."""
 
-_EXPONENT = np.uint16(0x7F80)
+_WORDS = {
+    "uint16": (np.uint16, np.int16, 0x7F80),
+    "float16": (np.uint16, np.int16, 0x7C00),
+    "float32": (np.uint32, np.int32, 0x7F800000),
+}
+"""Unsigned and signed words of a stored dtype, and its infinity."""
+
 _MAGNITUDE = np.uint16(0x7FFF)
 
 
@@ -28,10 +34,14 @@ def from_float32(values: np.ndarray) -> np.ndarray:
 
 
 def is_finite(values: np.ndarray) -> bool:
-    """Whether no value (bfloat16 bits as uint16, or any float) is infinite or NaN."""
-    if values.dtype == np.uint16:
-        return not ((values & _EXPONENT) == _EXPONENT).any()
-    return bool(np.isfinite(values).all())
+    """Whether no value (bfloat16 bits as uint16, float16 or float32) is infinite or NaN."""
+    if not values.size:
+        return True
+    unsigned, signed, infinity = _WORDS[values.dtype.name]
+    # As integers, positive values rise towards infinity and NaN, and so do negative ones above the sign bit: two
+    # maxima need no memory of their own, which a mask does.
+    sign = np.iinfo(signed).max + 1
+    return bool(values.view(signed).max() < infinity and values.view(unsigned).max() < infinity + sign)
 
 
 def has_zero_row(values: np.ndarray) -> bool:

@@ -596,6 +596,17 @@ def _write_all(descriptor: int, view: bytes | memoryview) -> None:
         view = view[os.write(descriptor, view) :]
 
 
+def write_file(target: Path, data: bytes) -> int:
+    """Write one file that is not of a store, whole and durable or not at all; its size."""
+    partial = target.parent / ".partial"
+    with _LocalFile(target, partial) as file:
+        file.write(data)
+        size, _ = file.commit()
+    with contextlib.suppress(OSError):  # another file may be being written there
+        partial.rmdir()
+    return size
+
+
 def whole_lines(data: bytes) -> int:
     """Bytes of a log up to the end of its last whole line: a torn one is what a kill leaves."""
     return data.rfind(b"\n") + 1

@@ -1,10 +1,9 @@
 """Opening a store: samples and tokens as tables, states and attention as lazy xarray, batches for training."""
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import dask.array as da
@@ -12,24 +11,25 @@ import numpy as np
 import polars as pl
 import xarray as xr
 
-from store import bits, commits, files
+from store import bits, commits
 from store.errors import Refusal
-from store.layout import SET_ASIDE_FILE, load_plan, table_file
-from store.plan import LAYER_SEMANTICS, Plan
+from store.layout import Derived, address, load_parts, read_derived, read_set_aside, table_file
+from store.places import Place, locate
+from store.plan import KINDS, LAYER_SEMANTICS, ArrayPlan, Plan, depth
 from store.shards import ShardReader
 from store.tokens import TOKEN_SCHEMA
 
 if TYPE_CHECKING:
     import torch
 
-    from store.batches import Batch
+    from store.batches import Batches
 
 LAZY_CHUNK_BYTES = 64 * 2**20
 """A task of a lazy query decodes about this much: xarray's own choice, inner chunks, makes millions of tasks."""
 
 
-def open_store(path: str | os.PathLike) -> "Store":
-    """Open the store at ``path`` for reading; what is committed later is not seen.
+def open_store(path: str | os.PathLike | Place) -> "Store":
+    """Open the store at ``path``, a folder or a URL, for reading; what is committed later is not seen.
 
     Raises
     ------
@@ -40,27 +40,39 @@ def open_store(path: str | os.PathLike) -> "Store":
 
 
 class Store:
-    """A store as it was when opened: committed blocks only; what is missing is NaN or null, never zero."""
+    """A store as it was when opened: committed blocks only; what is missing is NaN or null, never zero.
 
-    def __init__(self, path: str | os.PathLike):
-        self.path: Path = files.locate(path)
-        self.plan: Plan = load_plan(path)
-        self.commits, _ = commits.read(self.path)
+    It may be sent to other processes, and used after a fork.
+    """
+
+    def __init__(self, path: str | os.PathLike | Place):
+        self.place = locate(path)
+        self.parts: list[Plan] = load_parts(self.place)
+        found = commits.read(self.place)
+        self.commits = [found.of_part(part.part) for part in self.parts]
+        self.log_problems = found.problems
         self._readers: dict[str, ShardReader] = {}
-        self.valid: np.ndarray = np.zeros(self.plan.n_samples, bool)
-        for b, commit in self.commits.items():
-            self.valid[self.plan.block(b)] = True
-            self.valid[list(commit.set_aside)] = False
 
     def __repr__(self) -> str:
         return (
-            f"<Store {self.path}: {self.valid.sum()} of {self.plan.n_samples} samples, layers {', '.join(self.layers)}>"
+            f"<Store {self.place}: {self.valid.sum()} of {self.plan.n_samples} samples, "
+            f"layers {', '.join(self.layers)}>"
         )
 
     @property
+    def path(self) -> Path | str:
+        """Its folder or URL."""
+        return address(self.place)
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the part that was created; ``parts`` has those of added layers, too."""
+        return self.parts[0]
+
+    @cached_property
     def layers(self) -> tuple[str, ...]:
-        """Names of the layers of hidden states, in order."""
-        return self.plan.layers
+        """Names of the layers of hidden states, in the order of the pass."""
+        return tuple(sorted({name for part in self.parts for name in part.layers}, key=depth))
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -72,22 +84,35 @@ class Store:
         """Attributes of the Zarr root: format_version, identity, identity_hash, layer_semantics, bits …"""
         import zarr
 
-        return dict(zarr.open_group(self.path, mode="r").attrs)
+        return dict(zarr.open_group(self.place.zarr_store(read_only=True), mode="r").attrs)
 
-    @property
+    @cached_property
+    def valid(self) -> np.ndarray:
+        """Which samples have states, bool ``[s]``; see ``valid_in`` for layers that were added."""
+        return self.valid_in(0)
+
+    def valid_in(self, part: int) -> np.ndarray:
+        """Which samples have the states of a part, bool ``[s]``."""
+        valid = np.zeros(self.plan.n_samples, bool)
+        for b, commit in self.commits[part].items():
+            valid[self.plan.block(b)] = True
+            valid[list(commit.set_aside)] = False
+        return valid
+
+    @cached_property
     def derived(self) -> Mapping[str, xr.DataArray]:
-        """Arrays added later, by name; none in this format version."""
-        return MappingProxyType({})
+        """Arrays that were added, by name, lazy; see ``store.derive``."""
+        return {one.name: self._derived(one) for one in read_derived(self.place)}
 
     @cached_property
     def samples(self) -> pl.DataFrame:
         """One row a sample: the planned columns, the results, ``valid`` and, if it was, why it was ``set_aside``."""
-        reasons = {n: reason for commit in self.commits.values() for n, reason in commit.set_aside.items()}
+        reasons = {n: reason for commit in self.commits[0].values() for n, reason in commit.set_aside.items()}
         planned = self.plan.samples.with_columns(
             valid=pl.Series(self.valid),
             set_aside=pl.Series([reasons.get(n) for n in range(self.plan.n_samples)], dtype=pl.String),
         )
-        tables = [pl.read_parquet(path) for path in self.table_files("results")]
+        tables = self.tables("results")
         if not tables:
             return planned
         results = pl.concat(tables, how="diagonal_relaxed")
@@ -104,17 +129,17 @@ class Store:
         else the planner brought.
         """
         ids = self.plan.samples["sample_id"]
-        found = [(ids[n], reason) for commit in self.commits.values() for n, reason in commit.set_aside.items()]
+        found = [(ids[n], reason) for commit in self.commits[0].values() for n, reason in commit.set_aside.items()]
         later = pl.DataFrame(found, schema={"sample_id": pl.String, "reason": pl.String}, orient="row")
-        both = pl.concat([pl.read_parquet(self.path / SET_ASIDE_FILE), later], how="diagonal_relaxed")
+        both = pl.concat([read_set_aside(self.place), later], how="diagonal_relaxed")
         rows = pl.col("rows").fill_null(1) if "rows" in both.columns else pl.lit(1, pl.Int64)
         return both.with_columns(rows.alias("rows"))
 
     @property
     def tokens(self) -> pl.LazyFrame:
         """One row a token of every committed sample, see ``store.tokens``; ``sample`` is the row in ``samples``."""
-        paths = self.table_files("tokens")
-        return pl.scan_parquet(paths, missing_columns="insert") if paths else pl.LazyFrame(schema=TOKEN_SCHEMA)
+        names = self.table_files("tokens")
+        return self.place.scan_parquet(names) if names else pl.LazyFrame(schema=TOKEN_SCHEMA)
 
     @cached_property
     def hidden(self) -> xr.Dataset:
@@ -123,7 +148,7 @@ class Store:
         NaN past a sample's tokens. Both variables have the longer one's tokens; ``ds.text.isel(token=slice(n))``
         touches only what it names.
         """
-        return self._dataset("hidden", self.plan.layers)
+        return self._dataset("hidden", KINDS, self.layers)
 
     @cached_property
     def attention(self) -> xr.Dataset:
@@ -131,7 +156,8 @@ class Store:
 
         Dims (sample, layer, query, token), with ``head`` before ``query`` if heads were kept. Empty if none were.
         """
-        return self._dataset("attention", self.plan.attention_layers)
+        layers = sorted({name for part in self.parts for name in part.attention_layers}, key=depth)
+        return self._dataset("attention", ("text_to_image", "text_to_text"), layers)
 
     def batches(
         self,
@@ -146,8 +172,15 @@ class Store:
         epochs: int = 1,
         drop_last: bool = False,
         dtype: str | None = None,
-    ) -> "Iterator[Batch]":
-        """Batches of the valid samples for training, the next one read while this one is used.
+        layout: str = "padded",
+        words: Sequence[str] | None = None,
+        pin: bool | None = None,
+        memory: int = 512 * 2**20,
+    ) -> "Batches":
+        """Batches of the valid samples for training, the next ones read while this one is used.
+
+        What is returned can be iterated, sent to the workers of a ``torch.utils.data.DataLoader`` (with
+        ``batch_size=None``; each takes its share), and resumed: ``state_dict`` and ``load_state_dict``.
 
         Parameters
         ----------
@@ -164,103 +197,231 @@ class Store:
             Only these rows of ``samples``, in this order unless shuffled.
         dtype
             ``float32`` or ``bfloat16``; as stored if not given.
+        layout
+            ``padded``: states ``[b, l, t, w]`` and a mask. ``ragged``: values ``[l, n, w]``, sample after sample, and
+            offsets ``[b + 1]``.
+        words
+            Only tokens of these words of the instruction, compared without case.
+        pin
+            Pinned memory, for copies to a GPU beside its work; if not given, where CUDA is.
+        memory
+            Bytes that batches being read ahead may take.
 
-        Yields
-        ------
-        Batch
-            ``states [b, l, t, w]``, ``mask [b, t]``, ``sample [b]`` as torch tensors; padding is zero.
+        Returns
+        -------
+        Batches
+            Of ``Batch``: ``states``, ``mask`` or ``offsets``, and ``sample [b]``, as torch tensors; padding is zero.
 
         Raises
         ------
         Refusal
             When a layer, a split or a kind of tokens is not there, or a named sample is not valid.
         """
-        from store.batches import batches
+        from store.batches import Batches, Choice
 
-        return batches(self, layers, tokens, batch_size, shuffle, seed, split, samples, epochs, drop_last, dtype)
+        choice = Choice(self, layers, tokens, words, layout, dtype, samples, split)
+        return Batches(choice, batch_size, shuffle, seed, epochs, drop_last, pin, memory)
 
     def read(
-        self, samples: Sequence[int], layers: str | Sequence[str], tokens: str = "all", dtype: str | None = None
+        self,
+        samples: Sequence[int],
+        layers: str | Sequence[str],
+        tokens: str = "all",
+        dtype: str | None = None,
+        words: Sequence[str] | None = None,
     ) -> "tuple[torch.Tensor, torch.Tensor]":
         """States of named samples at once: ``(states [s, l, t, w], mask [s, t])``; parameters as of ``batches``."""
-        from store.batches import read
+        from store.batches import Choice
 
-        return read(self, samples, layers, tokens, dtype)
+        batch = Choice(self, layers, tokens, words, "padded", dtype, samples).read()
+        return batch.states, batch.mask
 
-    def table_files(self, kind: str) -> list[Path]:
+    def select(
+        self,
+        layers: str | Sequence[str],
+        tokens: str = "all",
+        *,
+        words: Sequence[str] | None = None,
+        samples: Sequence[int] | None = None,
+        split: str | None = None,
+    ) -> xr.DataArray:
+        """Chosen tokens of chosen samples as one long lazy array, float32, dims (token, layer, width).
+
+        Every token brings what the token table says of it as coordinates (``sample``, ``position``, ``kind``, ``word``,
+        ``text``, ``row``, ``col`` …), so that ``.groupby("sample").mean()`` and ``.sel`` do the rest. Parameters as of
+        ``batches``.
+
+        Examples
+        --------
+        >>> store.select("final", "instruction", words=["leftmost"]).mean("token")      # doctest: +SKIP
+        """
+        from store.batches import Choice, select
+
+        return select(Choice(self, layers, tokens, words, "ragged", "float32", samples, split))
+
+    def table_files(self, kind: str) -> list[str]:
         """Parquet files of the committed blocks, in block order; ``kind`` is tokens or results."""
-        names = {b: table_file(kind, b) for b in sorted(self.commits)}
-        return [self.path / name for b, name in names.items() if name in self.commits[b].files]
+        names = {b: table_file(kind, b) for b in sorted(self.commits[0])}
+        return [name for b, name in names.items() if name in self.commits[0][b].files]
+
+    def tables(self, kind: str) -> list[pl.DataFrame]:
+        """Tables of the committed blocks, in block order; ``kind`` is tokens or results."""
+        return self.place.read_parquet(self.table_files(kind))
 
     def reader(self, name: str) -> ShardReader:
         """The direct reader of array ``name``; for callers that want bits and own their buffers."""
         if name not in self._readers:
-            self._readers[name] = ShardReader(self.path, self.plan.arrays[name], self.plan.rows(name))
+            part = next(part for part in self.parts if name in part.arrays)
+            counts, array = part.counts(name), part.arrays[name]
+            extents = [
+                counts[dim] if dim in counts else np.full(part.n_samples, size)
+                for dim, size in zip(array.dims[2:], array.unit, strict=True)
+            ]
+            self._readers[name] = ShardReader(self.place, array, part.rows, np.stack(extents, axis=1))
         return self._readers[name]
 
-    def _dataset(self, group: str, layers: tuple[str, ...]) -> xr.Dataset:
+    def __getstate__(self) -> dict[str, Any]:
+        # Lazy arrays and tables are cheap to make again, and dear to send.
+        return {"place": self.place}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(state["place"])
+
+    def _dataset(self, group: str, names: Sequence[str], layers: Sequence[str]) -> xr.Dataset:
         variables = {}
-        for name, array in self.plan.arrays.items():
-            if name.startswith(f"{group}/"):
-                lazy = _lazy(_StoredArray(self.reader(name), self.plan.counts(name), self.valid), self.plan)
-                variables[name.split("/")[1]] = (array.dims, lazy, {"bits": array.bits})
+        for variable in names:
+            stored = [
+                (part, f"{part.group(group)}/{variable}")
+                for part in self.parts
+                if f"{part.group(group)}/{variable}" in part.arrays
+            ]
+            if not stored:
+                continue
+            extents = np.max([part.arrays[name].shape[2:] for part, name in stored], axis=0)
+            pieces = [
+                _lazy(_Stored(self.reader(name), part, self.valid_in(part.part)), part, extents)
+                for part, name in stored
+            ]
+            held = [layer for part, name in stored for layer in part.arrays[name].layers]
+            array = stored[0][0].arrays[stored[0][1]]
+            whole = _in_order(da.concatenate(pieces, axis=1) if len(pieces) > 1 else pieces[0], held, layers)
+            variables[variable] = (array.dims, whole, {"bits": array.bits})
         coordinates = {"sample": self.plan.samples["sample_id"].to_numpy(), "layer": np.array(layers, dtype=str)}
         return xr.Dataset(variables, coordinates if variables else {}, {"layer_semantics": LAYER_SEMANTICS})
 
+    def _derived(self, one: Derived) -> xr.DataArray:
+        import zarr
 
-class _StoredArray:
-    """What Dask slices: one array of a store within its own shard extent, decoded to float32, NaN where nothing is."""
+        array = zarr.open_array(self.place.zarr_store(read_only=True), path=one.path, mode="r")
+        lazy = da.from_array(array, chunks=one.shards or one.chunks, name=False)
+        coordinates = {dim: list(values) for dim, values in one.coordinates.items()}
+        if one.dims[0] == "sample":
+            # Rows that growth left unused are no samples; samples that came later have none of it.
+            rows = self.plan.rows[: one.samples]
+            lazy = lazy[rows] if len(rows) != lazy.shape[0] else lazy
+            if later := self.plan.n_samples - one.samples:
+                missing = da.full((later, *lazy.shape[1:]), np.nan, dtype=lazy.dtype)
+                lazy = da.concatenate([lazy, missing.rechunk({0: lazy.chunksize[0]})])
+            coordinates["sample"] = self.plan.samples["sample_id"].to_numpy()
+        return xr.DataArray(lazy, coordinates, one.dims, name=one.name, attrs=dict(one.attributes))
+
+
+class _Stored:
+    """What Dask slices: one array of a store, decoded to float32, NaN where nothing is."""
 
     dtype = np.dtype(np.float32)
 
-    def __init__(self, reader: ShardReader, counts: Mapping[str, np.ndarray], valid: np.ndarray):
-        self.reader, self.array, self.counts, self.valid = reader, reader.array, counts, valid
-        self.shape = (*self.array.shape[:2], *self.array.unit)
+    def __init__(self, reader: ShardReader, plan: Plan, valid: np.ndarray):
+        self.reader, self.array, self.valid = reader, reader.array, valid
+        self.counts = plan.counts(self.array.name)
+        longest = {dim: int(n.max()) for dim, n in self.counts.items()}
+        unit = (max(longest.get(dim, n), n) for dim, n in zip(self.array.dims[2:], self.array.unit, strict=True))
+        self.shape = (plan.n_samples, self.array.shape[1], *unit)
         self.ndim = len(self.shape)
 
-    def __getitem__(self, key: tuple[int | slice, ...]) -> np.ndarray:
+    def __getitem__(self, key: Any) -> np.ndarray:
         key = key if isinstance(key, tuple) else (key,)
         key += (slice(None),) * (self.ndim - len(key))
         samples, layers = (np.atleast_1d(np.arange(n)[k]) for n, k in zip(self.shape[:2], key[:2], strict=True))
-        out = np.full((len(samples), len(layers), *self.array.unit), self.array.fill, self.array.dtype)
+        tail = list(key[2:])
+        size = list(self.shape[2:])
+        if self.array.dims[2] == "token" and isinstance(tail[0], slice) and (tail[0].step or 1) > 0:
+            # What lies behind the last token asked for is not read.
+            start, stop, step = tail[0].indices(size[0])
+            size[0], tail[0] = max(start, stop), slice(start, max(start, stop), step)
+        out = np.full((len(samples), len(layers), *size), self.array.fill, self.array.dtype)
         there = np.flatnonzero(self.valid[samples])
-        if there.size and len(layers):
-            read = out[there]
+        if there.size and len(layers) and size[0]:
+            whole = there.size == len(samples)
+            read = out if whole else out[there]
             self.reader.read_into(read, samples[there], layers)
-            out[there] = read
+            if not whole:
+                out[there] = read
         values = bits.to_float32(out)
         for dim, counts in self.counts.items():
             axis = self.array.dims.index(dim)
-            past = np.arange(self.shape[axis]) >= counts[samples][:, None]
+            past = np.arange(values.shape[axis]) >= counts[samples][:, None]
             past = past.reshape([len(samples)] + [-1 if n == axis else 1 for n in range(1, self.ndim)])
             np.copyto(values, np.nan, where=past)
         scalar = tuple(0 if isinstance(k, int | np.integer) else slice(None) for k in key[:2])
-        return values[(*scalar, *key[2:])]
+        return values[(*scalar, *tail)]
 
 
-def _lazy(stored: _StoredArray, plan: Plan) -> da.Array:
+def _lazy(stored: _Stored, plan: Plan, extents: Sequence[int]) -> da.Array:
+    """As Dask array of ``extents`` (axes 2 …), in tasks of whole samples of one layer."""
     array = stored.array
-    unit_bytes = 4 * int(np.prod(array.unit))
-    fitting = max(1, LAZY_CHUNK_BYTES // unit_bytes)
+    fitting = max(1, LAZY_CHUNK_BYTES // (4 * int(np.prod(stored.shape[2:]))))
     together = max(n for n in range(1, plan.samples_per_block + 1) if plan.samples_per_block % n == 0 and n <= fitting)
-    lazy = da.from_array(
-        stored, chunks=(together, 1, *array.unit), name=False, fancy=False, asarray=False, meta=np.empty(0, np.float32)
-    )
-    axis = array.dims.index("token")
-    past = array.shape[axis] - stored.shape[axis]
-    if not past:
+    starts = [n for block in plan.blocks for n in range(block.start, block.stop, together)]
+    samples = tuple(np.diff([*starts, plan.n_samples]).tolist())
+    chunks = (samples, (1,) * array.shape[1], *((n,) for n in stored.shape[2:]))
+    lazy = da.from_array(stored, chunks=chunks, name=False, fancy=False, asarray=False, meta=np.empty(0, np.float32))
+    for axis, size in enumerate(extents, 2):
+        if past := int(size) - lazy.shape[axis]:
+            shape = tuple(past if n == axis else size for n, size in enumerate(lazy.shape))
+            chunks = tuple(past if n == axis else size for n, size in enumerate(lazy.chunks))
+            lazy = da.concatenate([lazy, da.full(shape, np.nan, dtype=np.float32, chunks=chunks)], axis=axis)
+    return lazy
+
+
+def _in_order(lazy: da.Array, held: Sequence[str], layers: Sequence[str]) -> da.Array:
+    """Layers in the order of the pass, NaN where an array does not have one."""
+    if list(held) == list(layers):
         return lazy
-    shape = tuple(past if n == axis else size for n, size in enumerate(stored.shape))
-    chunks = tuple(past if n == axis else size for n, size in enumerate(lazy.chunks))
-    return da.concatenate([lazy, da.full(shape, np.nan, dtype=np.float32, chunks=chunks)], axis=axis)
+    missing = da.full(
+        (lazy.shape[0], 1, *lazy.shape[2:]), np.nan, dtype=lazy.dtype, chunks=(lazy.chunks[0], 1, *lazy.chunks[2:])
+    )
+    found = [lazy[:, held.index(name)][:, None] if name in held else missing for name in layers]
+    return da.concatenate(found, axis=1)
 
 
-def check_layers(store: Store, layers: str | Sequence[str]) -> list[int]:
-    """Indices of layers by name."""
+def find_layers(store: Store, layers: str | Sequence[str]) -> list[str]:
+    """Layers by name, as asked for.
+
+    Raises
+    ------
+    Refusal
+        When there is none, or one is not in the store.
+    """
     names = [layers] if isinstance(layers, str) else [str(layer) for layer in layers]
     unknown = [name for name in names if name not in store.layers]
     if unknown or not names:
         raise Refusal(
-            f"layer {', '.join(unknown) or '(none)'} is not in {store.path}: it has {', '.join(store.layers)}"
+            f"layer {', '.join(unknown) or '(none)'} is not in {store.place}: it has {', '.join(store.layers)}"
         )
-    return [store.layers.index(name) for name in names]
+    return names
+
+
+def find_array(store: Store, kind: str, layer: str) -> tuple[Plan, ArrayPlan, int]:
+    """The part and the array of hidden states that have a layer's tokens of a kind, and the layer's index there.
+
+    Raises
+    ------
+    Refusal
+        When the store keeps no such states.
+    """
+    for part in store.parts:
+        array = part.arrays.get(f"{part.group('hidden')}/{kind}")
+        if array is not None and layer in array.layers:
+            return part, array, array.layers.index(layer)
+    raise Refusal(f"{store.place} keeps no states of {kind} tokens at layer {layer!r}: see `python -m store inspect`")

@@ -1,18 +1,23 @@
 """Mending a store: what is damaged becomes work that is left, and the command that filled the store does it again."""
 
+import contextlib
+import hashlib
 import os
-import shutil
-from pathlib import Path
 
-from store import commits, files
-from store.layout import lay_out, load_plan
+from store import commits
+from store.commits import Commit
+from store.errors import Refusal
+from store.layout import DERIVED_RECORDS, FORMAT_1, PLAN_FILE, lay_out, load_parts, read_plan, twin
+from store.places import Place, locate
+from store.sealing import Unsealed, unseal
 from store.verification import Report, verify
 
 
-def repair(path: str | os.PathLike) -> Report:
-    """Rewrite the Zarr metadata from the plan, and take back the commits of damaged blocks.
+def repair(path: str | os.PathLike | Place) -> Report:
+    """Restore what has a second copy, rewrite the Zarr metadata from the plan, take back commits of damaged blocks.
 
-    States cannot be mended, only computed again: afterwards ``pending`` names their blocks.
+    States cannot be mended, only computed again: afterwards ``pending`` names their blocks. A damaged derived array
+    is dropped.
 
     Returns
     -------
@@ -22,27 +27,53 @@ def repair(path: str | os.PathLike) -> Report:
     Raises
     ------
     Refusal
-        When ``path`` is no store, or a writer is at work on it.
+        When ``path`` is no store, a writer is at work on it, or the plan is damaged beyond its second copy.
     """
-    folder = files.locate(path)
-    plan = load_plan(folder)
-    partial = folder / files.PARTIAL
-    logs = [commits.Log(folder, log.stem) for log in sorted((folder / commits.FOLDER).glob("*.jsonl"))]
-    try:
-        draft = partial / "layout"
-        shutil.rmtree(draft, ignore_errors=True)
-        files.make_folder(partial)
-        lay_out(draft, plan)
-        for place in draft.rglob("*"):
-            within: Path = place.relative_to(draft)
-            if place.is_file() and within.parts[0] != files.RECORD:
-                files.write_whole(folder / within, [place.read_bytes()], partial)
-        report = verify(folder)
-        whole = set(commits.read(folder)[0]) - set(report.damaged_blocks)
-        for log in logs:
-            log.keep(whole)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-        for log in logs:
-            log.close()
-    return verify(folder)
+    place = locate(path).of("repair")
+    _restore_record(place)
+    parts = load_parts(place, laid_out=False)
+    with contextlib.ExitStack() as stack:
+        logs = {}
+        for worker in commits.workers(place):
+            logs[worker] = place.log(commits.log_file(worker))
+            stack.callback(logs[worker].close)
+        stack.callback(place.remove_partial)
+        if read_plan(place)["format_version"] > 1:
+            lay_out(place, parts)
+        report = verify(place)
+        whole = set(commits.read(place).by_block) - set(report.damaged_blocks)
+        for log in logs.values():
+            lines = [commit for line in log.read().splitlines() if (commit := Commit.parse(line))]
+            log.replace([commit.line() for commit in lines if (commit.part, commit.block) in whole])
+        for name in report.damaged_derived:
+            place.remove(f"{DERIVED_RECORDS}/{name}.json")
+            lay_out(place, parts)
+            place.remove_tree(f"derived/{name}")
+    return verify(place)
+
+
+def _restore_record(place: Place) -> None:
+    """Make each file of the record and its twin equal again, by the one that is whole."""
+    with contextlib.suppress(Refusal):
+        if read_plan(place)["format_version"] == 1:
+            return
+    stored = _restore(place, PLAN_FILE, lambda data: unseal(data))
+    for key in FORMAT_1:
+        name = unseal(stored)[key]
+        _restore(place, name, lambda data, name=name: hashlib.sha256(data).hexdigest()[:16] in name)
+
+
+def _restore(place: Place, name: str, whole: object) -> bytes:
+    copies = {}
+    for path in (name, twin(name)):
+        with contextlib.suppress(FileNotFoundError, Unsealed):
+            data = place.read(path)
+            if whole(data):
+                copies[path] = data
+    if not copies:
+        raise Refusal(f"{place}/{name} and its second copy are both damaged: make the store again")
+    good = copies.get(name, copies.get(twin(name)))
+    for path in (name, twin(name)):
+        if copies.get(path) != good:
+            place.write_whole(path, [good])
+    return good

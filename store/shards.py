@@ -1,32 +1,49 @@
-"""Shards of a Zarr v3 array (``sharding_indexed``), written in one piece and read by position.
+"""Shards of a Zarr v3 array (``sharding_indexed``), written in one go and read by position.
 
-zarr-python reads and checks the same files; it lays chunks out in Morton order, which scatters a sample. Here
-chunks follow in C order, so that one sample at one layer is one run of bytes and all its layers are one run too:
-a shuffled sample is one positioned read.
+zarr-python reads and checks the same files; it lays chunks out in Morton order, which scatters a sample. Here the
+chunks of a sample follow in C order, so that one sample at one layer is one run of bytes and all its layers are one
+run too: a shuffled sample is one positioned read.
 
 Shapes: ``s`` samples, ``l`` layers, ``r`` rows of a unit (tokens), ``...`` the unit's other axes (width).
 """
 
+import errno
+import itertools
 import os
 import threading
-from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, BinaryIO
 
-import google_crc32c
 import numpy as np
-from numcodecs import Blosc
 
+from store.codecs import Codec, codec
+from store.places import LocalPlace, Place, crc32c_of
 from store.plan import ArrayPlan
 
 ABSENT = np.uint64(2**64 - 1)
 """Offset and length, in a shard's index, of a chunk that was left out."""
 
-BLOSC_BLOCK = 512 * 1024
-"""Blosc's own block size cuts a chunk so small that byte-shuffled zstd gains nothing; this keeps 1.44x."""
-
 THREADS = 8
+"""Threads that wait for the disk or decode, of a process."""
+
+REMOTE_THREADS = 32
+"""Threads that wait for an object store: a request takes tens of milliseconds whatever it brings."""
+
+READ_BYTES = 512 * 1024
+"""A thread is worth its while from about this much to read."""
+
+GAP_BYTES = 64 * 1024
+"""Bytes that are read and thrown away rather than sought over."""
+
+RUN_BYTES = 16 * 2**20
+"""Compressed units that follow each other are read together up to this much."""
+
+OPEN_FILES = 256
+"""Shards kept open by a reader."""
+
 MAX_PIECES = 512  # buffers of one preadv; the system's limit is 1,024
 
 
@@ -34,63 +51,83 @@ class DamagedShard(ValueError):  # noqa: N818 - the shard is what is wrong, by n
     """A shard whose index is torn or does not fit the file."""
 
 
-class ShardBuilder:
-    """One shard in the making: units are encoded as they come, in any order, and written whole."""
+def codec_of(array: ArrayPlan) -> Codec:
+    """The codec of an array's chunks."""
+    return codec(array.codec, np.dtype(array.dtype), array.unit[-1], array.bits)
 
-    def __init__(self, array: ArrayPlan, pool: ThreadPoolExecutor | None = None):
-        self.array = array
-        self._encode = Blosc(cname="zstd", clevel=1, shuffle=Blosc.SHUFFLE, blocksize=BLOSC_BLOCK).encode
-        self._map = pool.map if pool else map
-        self._chunks: dict[int, tuple[list[bytes | memoryview], np.ndarray]] = {}
 
-    def put(self, place: int, values_lr: np.ndarray) -> None:
-        """Encode one sample, the ``place``-th of the shard.
+@dataclass(frozen=True)
+class EncodedUnit:
+    """One sample's unit of every layer, as it lies in a shard."""
 
-        Parameters
-        ----------
-        values_lr
-            ``[l, r, …]`` in the array's dtype, ``r`` up to the unit's rows; chunks past ``r`` are left out.
-        """
-        array = self.array
-        rows = values_lr.shape[1]
-        chunks = -(-rows // array.inner[2])
-        padded = np.empty((len(array.layers), chunks * array.inner[2], *array.unit[1:]), array.dtype)
-        padded[:, :rows] = values_lr
-        padded[:, rows:] = array.fill
-        lengths = np.zeros((len(array.layers), array.chunks_per_unit), np.uint64)
-        if array.codec == "none":
-            lengths[:, :chunks] = array.chunk_bytes
-            self._chunks[place] = [padded.reshape(-1).view(np.uint8).data], lengths
+    pieces: list[bytes | memoryview]
+    lengths: np.ndarray
+    """uint64 ``[l, chunks]``: 0 where a chunk is all padding and left out."""
+
+
+def encode_unit(array: ArrayPlan, chunk_codec: Codec, values_lr: np.ndarray) -> EncodedUnit:
+    """Encode ``[l, r, …]`` in the array's dtype, ``r`` up to the unit's rows; other axes may be short as well."""
+    rows, row_shape = values_lr.shape[1], values_lr.shape[2:]
+    lengths = np.zeros((values_lr.shape[0], array.chunks_per_unit), np.uint64)
+    filled = -(-rows // array.inner[2]) * array.inner[2]
+    whole = (filled, *array.unit[1:])
+    if (rows, *row_shape) != whole:
+        padded = np.empty((values_lr.shape[0], *whole), array.dtype)
+        if row_shape != array.unit[1:]:
+            padded[:] = array.fill
         else:
-            encoded = [bytes(chunk) for chunk in self._map(self._encode, padded)]
-            lengths[:, 0] = [len(chunk) for chunk in encoded]
-            self._chunks[place] = encoded, lengths
+            padded[:, rows:] = array.fill
+        padded[(slice(None), slice(rows), *map(slice, row_shape))] = values_lr
+        values_lr = padded
+    values_lr = np.ascontiguousarray(values_lr)
+    if array.codec == "none":
+        lengths[:, : filled // array.inner[2]] = array.chunk_bytes
+        return EncodedUnit([values_lr.reshape(-1).view(np.uint8).data], lengths)
+    encoded = [chunk_codec.encode(values_r) for values_r in values_lr]
+    lengths[:, 0] = [len(chunk) for chunk in encoded]
+    return EncodedUnit(encoded, lengths)
 
-    def pieces(self) -> Iterator[bytes | memoryview]:
-        """The file: chunks in C order, the index, its checksum."""
-        array = self.array
-        lengths = np.zeros((array.shard[0], len(array.layers), array.chunks_per_unit), np.uint64)
-        for place in sorted(self._chunks):
-            encoded, lengths[place] = self._chunks[place]
-            yield from encoded
-        flat = lengths.reshape(-1)
-        index = np.stack([np.cumsum(flat) - flat, flat], axis=-1)
-        index[flat == 0] = ABSENT
-        yield (stored := index.astype("<u8").tobytes())
-        yield google_crc32c.value(stored).to_bytes(4, "little")
+
+class ShardFile:
+    """One shard being written: units are appended as they come, then the index."""
+
+    def __init__(self, array: ArrayPlan, file: Any):
+        self.array, self.file = array, file
+        self._end = 0
+        outer = (array.shard[0], array.shard[1], array.chunks_per_unit)
+        self._offsets, self._lengths = np.zeros(outer, np.uint64), np.zeros(outer, np.uint64)
+
+    def put(self, place: int, unit: EncodedUnit) -> None:
+        """Append one sample, the ``place``-th of the shard."""
+        layers = unit.lengths.shape[0]
+        flat = unit.lengths.reshape(-1)
+        self._offsets[place, :layers] = (np.cumsum(flat) - flat + np.uint64(self._end)).reshape(unit.lengths.shape)
+        self._lengths[place, :layers] = unit.lengths
+        self._end += int(flat.sum())
+        for piece in unit.pieces:
+            self.file.write(piece)
+
+    def commit(self) -> tuple[int, str]:
+        """Write the index and give the file its name: its size and CRC-32C."""
+        index = np.stack([self._offsets, self._lengths], axis=-1)
+        index[self._lengths == 0] = ABSENT
+        stored = index.astype("<u8").tobytes()
+        self.file.write(stored)
+        self.file.write(crc32c_of(stored).to_bytes(4, "little"))
+        return self.file.commit()
 
 
 def index_bytes(array: ArrayPlan) -> int:
     """Size of a shard's index with its checksum, at the end of the file."""
-    return array.shard[0] * len(array.layers) * array.chunks_per_unit * 16 + 4
+    return array.shard[0] * array.shard[1] * array.chunks_per_unit * 16 + 4
 
 
-def decode_index(array: ArrayPlan, tail: bytes, size: int) -> np.ndarray:
+def decode_index(array: ArrayPlan, tail: bytes, size: int) -> tuple[np.ndarray, np.ndarray]:
     """Runs of every (sample, layer) from the last bytes of a shard of ``size`` bytes.
 
     Returns
     -------
-    ndarray of int64, shape [s, l, 2]
+    pair of ndarray of int64, shape [s, l]
         Offset and length in bytes; length 0 where the sample is absent.
 
     Raises
@@ -100,9 +137,9 @@ def decode_index(array: ArrayPlan, tail: bytes, size: int) -> np.ndarray:
     """
     if len(tail) != index_bytes(array):
         raise DamagedShard(f"too short for its index: {size} bytes")
-    if google_crc32c.value(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
+    if crc32c_of(tail[:-4]) != int.from_bytes(tail[-4:], "little"):
         raise DamagedShard("its index fails its checksum")
-    entries = np.frombuffer(tail[:-4], "<u8").reshape(array.shard[0], len(array.layers), array.chunks_per_unit, 2)
+    entries = np.frombuffer(tail[:-4], "<u8").reshape(array.shard[0], array.shard[1], array.chunks_per_unit, 2)
     absent = entries[..., 0] == ABSENT
     lengths = np.where(absent, 0, entries[..., 1]).astype(np.int64)
     offsets = np.where(absent, 0, entries[..., 0]).astype(np.int64)
@@ -110,135 +147,428 @@ def decode_index(array: ArrayPlan, tail: bytes, size: int) -> np.ndarray:
     expected = start[..., None] + np.cumsum(lengths, axis=-1) - lengths
     if (lengths < 0).any() or (offsets + lengths > size - len(tail)).any() or ((expected != offsets) & ~absent).any():
         raise DamagedShard("its index points outside the file or to scattered chunks")
-    return np.stack([start, lengths.sum(axis=-1)], axis=-1)
+    return start, lengths.sum(axis=-1)
+
+
+class _Index:
+    """Where every unit of one cell of the grid lies, filled shard by shard as they are first asked for."""
+
+    def __init__(self, array: ArrayPlan):
+        size = (-(-array.shape[0] // array.shard[0]) * array.shard[0], array.shard[1])
+        # Zeros cost memory only where a shard was looked at.
+        self.offsets, self.lengths = np.zeros(size, np.int64), np.zeros(size, np.int64)
+        self.known = np.zeros(size[0] // array.shard[0], bool)
 
 
 class ShardReader:
-    """Positioned reads of whole units into arrays that the caller owns. Threads may share one.
+    """Positioned reads of units, or rows of them, into memory that the caller owns. Threads and forks may share one.
 
     Parameters
     ----------
-    folder
+    place
         The store.
     array
         The array to read.
     rows
-        int64 ``[s]``: rows that each sample has.
-    cached_shards
-        Indices kept; one takes 16 bytes a sample and layer.
+        int64 ``[s]``: the array's row of every sample.
+    extents
+        int64 ``[s, n]``: shape of every sample's values at one layer (axes 2 … of the array).
     """
 
-    def __init__(self, folder: Path, array: ArrayPlan, rows: np.ndarray, cached_shards: int = 4096):
-        self.folder, self.array, self.rows = folder, array, rows
-        self._indices: OrderedDict[int, np.ndarray] = OrderedDict()
-        self._cached_shards, self._lock = cached_shards, threading.Lock()
-        self._decode = Blosc().decode
+    def __init__(self, place: Place, array: ArrayPlan, rows: np.ndarray, extents: np.ndarray):
+        self.place, self.array, self.rows, self.extents = place, array, rows, extents
+        self._indices: dict[tuple[int, ...], _Index] = {}
+        self._files: dict[str, BinaryIO] = {}
+        self._hot = hasattr(os, "RWF_NOWAIT")
 
     def __reduce__(self) -> tuple:
-        # To another process of a Dask cluster goes what it takes to read, not the lock and what was read.
-        return ShardReader, (self.folder, self.array, self.rows, self._cached_shards)
+        # To another process goes what it takes to read, not what was read and is open.
+        return ShardReader, (self.place, self.array, self.rows, self.extents)
+
+    @cached_property
+    def codec(self) -> Codec:
+        """The array's codec."""
+        return codec_of(self.array)
+
+    def locate(
+        self, samples: np.ndarray, layers: Sequence[int], cell: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Offset and length of the units of samples at layers, int64 ``[s, l]`` each.
+
+        Raises
+        ------
+        DamagedShard
+            When a shard is missing, is damaged or lacks one of the samples.
+        """
+        index = self._indices.get(cell)
+        if index is None:
+            index = self._indices.setdefault(cell, _Index(self.array))
+        rows = self.rows[samples]
+        shards = rows // self.array.shard[0]
+        unknown = np.unique(shards[~index.known[shards]])
+        if unknown.size:
+            self._map(lambda shard: self._learn(index, int(shard), cell), unknown, unknown.size)
+        picked = rows[:, None], np.asarray(layers)[None, :]
+        lengths = index.lengths[picked]
+        if lengths.size and not lengths.min():
+            lacking = int(samples[np.flatnonzero((lengths == 0).any(1))[0]])
+            path = self.array.shard_file(int(self.rows[lacking]) // self.array.shard[0], cell)
+            raise DamagedShard(f"{self.place}/{path}: sample {lacking} is not in it; {_HINT}")
+        return index.offsets[picked], lengths
+
+    def _learn(self, index: _Index, shard: int, cell: tuple[int, ...]) -> None:
+        name, array = self.array.shard_file(shard, cell), self.array
+        try:
+            offsets, lengths = decode_index(array, *self.place.read_tail(name, index_bytes(array)))
+        except DamagedShard as damage:
+            raise DamagedShard(f"{self.place}/{name}: {damage}; {_HINT}") from None
+        except FileNotFoundError:
+            raise DamagedShard(f"{self.place}/{name} is not there; {_HINT}") from None
+        place = slice(shard * array.shard[0], (shard + 1) * array.shard[0])
+        index.offsets[place], index.lengths[place] = offsets, lengths
+        index.known[shard] = True
+
+    def read_rows(
+        self,
+        out: np.ndarray,
+        base: np.ndarray,
+        stride: int,
+        samples: np.ndarray,
+        layers: Sequence[int],
+        first: np.ndarray | None,
+        rows: np.ndarray,
+    ) -> None:
+        """Read runs of whole rows (tokens) of hidden states.
+
+        Run ``i`` is rows ``first[i]`` to ``first[i] + rows[i]`` of sample ``samples[i]``; at the ``j``-th layer it
+        goes to byte ``base[i] + j * stride`` of ``out``.
+
+        Parameters
+        ----------
+        out
+            uint8 ``[n]``, contiguous.
+        base, samples, first, rows
+            int64 ``[i]``, in any order; ``first`` None stands for zeros.
+        layers
+            Indices on the array's second axis.
+
+        Raises
+        ------
+        DamagedShard
+            When a shard is damaged or lacks a sample.
+        """
+        unit = self.array.unit[0]
+        last = rows if first is None else first + rows
+        if last.size and last.max() > unit:
+            first = np.zeros_like(rows) if first is None else first
+            for k in range(-(-int(last.max()) // unit)):
+                begin, end = np.maximum(first, k * unit), np.minimum(last, (k + 1) * unit)
+                here = begin < end
+                shifted = base + (begin - first) * self.array.row_bytes
+                cell = (k, *[0] * (len(self.array.unit) - 1))
+                self._read_cell(
+                    out, shifted[here], stride, samples[here], layers, begin[here] - k * unit, (end - begin)[here], cell
+                )
+        else:
+            self._read_cell(out, base, stride, samples, layers, first, rows, (0,) * len(self.array.unit))
+
+    def _read_cell(
+        self,
+        out: np.ndarray,
+        base: np.ndarray,
+        stride: int,
+        samples: np.ndarray,
+        layers: Sequence[int],
+        first: np.ndarray | None,
+        rows: np.ndarray,
+        cell: tuple[int, ...],
+    ) -> None:
+        offsets, lengths = self.locate(samples, layers, cell)
+        jobs = _Jobs(self, memoryview(out), base, stride, samples, first, rows, offsets, lengths, cell)
+        size = int(rows.sum()) * self.array.row_bytes * len(layers)
+        # By shard and place, so that the disk is read forwards and a thread gets neighbours.
+        order = np.argsort(self.rows[samples], kind="stable").tolist()
+        if self.array.codec != "none":
+            self._map(jobs.decode, order, max(1, size // READ_BYTES))
+        elif not isinstance(self.place, LocalPlace):
+            self._map(jobs.fetch, order, len(order))
+        else:
+            # What the page cache has is copied at once, without the price of a thread; the rest is waited for in
+            # parallel.
+            cold = jobs.copy_hot(order) if self._hot else order
+            self._map(jobs.copy, cold, len(cold))
 
     def read_into(self, out_slr: np.ndarray, samples: Sequence[int], layers: Sequence[int]) -> None:
-        """Fill ``out_slr[i, j, :n]`` with the first ``n = min(rows, r)`` rows of sample i at layer j.
-
-        What lies past a sample's rows is left as it is.
+        """Fill ``out_slr[i, j]`` with the values of sample i at layer j; what lies past them is left as it is.
 
         Parameters
         ----------
         out_slr
-            ``[s, l, r, …]``, C-contiguous, in the array's dtype.
+            ``[s, l, r, …]``, C-contiguous, in the array's dtype; it may have fewer rows than a sample.
         samples, layers
             Indices, in any order.
 
         Raises
         ------
         DamagedShard
-            When a shard is damaged or lacks a sample; FileNotFoundError when it is not there.
+            When a shard is damaged or lacks a sample.
         """
         samples = np.asarray(samples, np.int64)
-        # By shard and place, so that the disk is read forwards; a thread gets neighbours.
-        order = np.argsort(samples, kind="stable")
-        parts = np.array_split(order, min(THREADS, max(1, len(order) // 4)))
-        jobs = [part for part in parts if len(part)]
-        if len(jobs) == 1:
-            self._read_part(out_slr, samples, layers, jobs[0])
-        else:
-            list(_pool().map(lambda part: self._read_part(out_slr, samples, layers, part), jobs))
+        if not samples.size or not len(layers):
+            return
+        if out_slr.shape[3:] == self.array.unit[1:]:
+            stride = out_slr.strides[1]
+            base = np.arange(len(samples), dtype=np.int64) * out_slr.strides[0]
+            rows = np.minimum(self.extents[samples, 0], out_slr.shape[2])
+            self.read_rows(out_slr.reshape(-1).view(np.uint8), base, stride, samples, layers, None, rows)
+            return
+        self._map(lambda i: self._read_units(out_slr[i], int(samples[i]), layers), range(len(samples)), len(samples))
 
-    def _read_part(self, out_slr: np.ndarray, samples: np.ndarray, layers: Sequence[int], part: np.ndarray) -> None:
+    def _read_units(self, out_lr: np.ndarray, sample: int, layers: Sequence[int]) -> None:
+        """All cells of one sample of an array that is ragged along several axes (attention)."""
         array = self.array
-        scratch = bytearray(array.chunk_bytes)
-        shards = samples[part] // array.shard[0]
-        for cut in np.split(np.arange(len(part)), np.flatnonzero(np.diff(shards)) + 1):
-            shard = int(shards[cut[0]])
-            path = self.folder / array.shard_file(shard)
-            descriptor = os.open(path, os.O_RDONLY)
+        extents = [min(n, size) for n, size in zip(self.extents[sample], out_lr.shape[1:], strict=True)]
+        unit = np.empty(array.unit, array.dtype)
+        one = np.array([sample], np.int64)
+        for cell, place in array.units(extents):
+            offsets, lengths = self.locate(one, layers, cell)
+            whole = tuple(slice(part.stop - part.start) for part in place)
+            for j in range(len(layers)):
+                encoded = self._bytes(self.array.shard_file(*self._shard(sample), cell), offsets[0, j], lengths[0, j])
+                self._decode_into(encoded, unit, sample, cell)
+                out_lr[(j, *place)] = unit[whole]
+
+    def bytes_by_layer(self, names: Iterable[str]) -> np.ndarray:
+        """Bytes of the chunks of every layer in some shards, int64 ``[l]``."""
+        total = np.zeros(self.array.shard[1], np.int64)
+        for name in names:
+            total += decode_index(self.array, *self.place.read_tail(name, index_bytes(self.array)))[1].sum(axis=0)
+        return total
+
+    def _shard(self, sample: int) -> tuple[int]:
+        return (int(self.rows[sample]) // self.array.shard[0],)
+
+    def _bytes(self, name: str, offset: int, length: int) -> bytes:
+        data = self.place.read_range(name, int(offset), int(length))
+        if len(data) != length:
+            raise DamagedShard(f"{self.place}/{name} ends before byte {offset + length}; {_HINT}")
+        return data
+
+    def _decode_into(self, encoded: Any, out: np.ndarray, sample: int, cell: tuple[int, ...]) -> None:
+        try:
+            if self.array.codec == "none":
+                out.reshape(-1).view(np.uint8)[:] = np.frombuffer(encoded, np.uint8)
+            else:
+                self.codec.decode_into(encoded, out, self.array.inner[2])
+        except ValueError as failure:
+            name = self.array.shard_file(*self._shard(sample), cell)
+            raise DamagedShard(
+                f"{self.place}/{name}: a chunk of sample {sample} does not decode ({failure}); {_HINT}"
+            ) from None
+
+    def open(self, name: str) -> int:
+        """Descriptor of a local shard, kept open; it stays valid while this reader lives and few others are opened."""
+        file = self._files.get(name)
+        if file is None:
             try:
-                runs = self._index(shard, descriptor)
-                for i in part[cut]:
-                    sample = int(samples[i])
-                    runs_l = runs[sample % array.shard[0]][list(layers)]
-                    if (runs_l[:, 1] == 0).any():
-                        raise DamagedShard(f"sample {sample} is not in it")
-                    if array.codec == "none":
-                        self._read_raw(descriptor, runs_l, out_slr[i], int(self.rows[sample]), scratch)
-                    else:
-                        self._read_encoded(descriptor, runs_l, out_slr[i], int(self.rows[sample]))
-            except DamagedShard as damage:
-                raise DamagedShard(f"{path}: {damage}; `python -m store verify` tells what is whole") from None
-            finally:
-                os.close(descriptor)
+                file = (self.place.path / name).open("rb", buffering=0)
+            except FileNotFoundError:
+                raise DamagedShard(f"{self.place}/{name} is not there; {_HINT}") from None
+            if len(self._files) >= OPEN_FILES:
+                # Others may be reading from it: it is closed when the last of them lets go.
+                self._files.pop(next(iter(self._files)), None)
+            self._files[name] = file
+        return file
 
-    def _index(self, shard: int, descriptor: int) -> np.ndarray:
-        with self._lock:
-            if shard in self._indices:
-                self._indices.move_to_end(shard)
-                return self._indices[shard]
-        size = os.fstat(descriptor).st_size
-        tail = index_bytes(self.array)
-        runs = decode_index(self.array, os.pread(descriptor, tail, max(0, size - tail)), size)
-        with self._lock:
-            self._indices[shard] = runs
-            if len(self._indices) > self._cached_shards:
-                self._indices.popitem(last=False)
-        return runs
+    def _map(self, work: Callable, items: Iterable, worth: int) -> None:
+        """``work`` on all ``items``, by as many threads as it is worth."""
+        items = list(items)
+        threads = min(REMOTE_THREADS if not isinstance(self.place, LocalPlace) else THREADS, worth, len(items))
+        if threads <= 1:
+            for item in items:
+                work(item)
+            return
 
-    def _read_raw(self, descriptor: int, runs_l: np.ndarray, out_lr: np.ndarray, rows: int, scratch: bytearray) -> None:
-        """Scatter layers that follow each other on disk into the output by one system call."""
-        rows = min(rows, out_lr.shape[1])
-        wanted = rows * self.array.row_bytes
-        pieces: list = []
-        begin = end = gap = 0
-        for j, (offset, length) in enumerate(runs_l.tolist()):
-            if length < wanted:
-                raise DamagedShard(f"a unit has {length} bytes of {wanted}")
-            if offset != end or gap > len(scratch) or len(pieces) > MAX_PIECES:
-                _fill(descriptor, pieces, begin)
-                pieces = []
-            if not pieces:
-                begin = offset
-            elif gap:
-                pieces.append(memoryview(scratch)[:gap])
-            pieces.append(out_lr[j, :rows].reshape(-1).view(np.uint8))
-            gap, end = length - wanted, offset + length
-        _fill(descriptor, pieces, begin)
+        def several(part: list) -> None:
+            for item in part:
+                work(item)
 
-    def _read_encoded(self, descriptor: int, runs_l: np.ndarray, out_lr: np.ndarray, rows: int) -> None:
-        rows = min(rows, out_lr.shape[1])
-        for j, (offset, length) in enumerate(runs_l.tolist()):
-            encoded = os.pread(descriptor, length, offset)
-            try:
-                unit = np.frombuffer(self._decode(encoded), self.array.dtype).reshape(self.array.unit)
-            except (RuntimeError, ValueError) as failure:
-                raise DamagedShard(f"a chunk does not decode ({failure})") from None
-            out_lr[j, :rows] = unit[:rows]
+        cuts = [len(items) * n // threads for n in range(threads + 1)]
+        list(_pool().map(several, [items[a:b] for a, b in itertools.pairwise(cuts)]))
 
 
-def _fill(descriptor: int, pieces: list, offset: int) -> None:
-    wanted = sum(len(piece) for piece in pieces)
-    if wanted and os.preadv(descriptor, pieces, offset) != wanted:
-        raise DamagedShard(f"ends before byte {offset + wanted}")
+_HINT = "`python -m store verify` tells what is whole"
 
+
+@dataclass
+class _Jobs:
+    """The runs of one ``read_rows`` call; each method does run ``i``."""
+
+    reader: ShardReader
+    out: memoryview
+    base: np.ndarray
+    stride: int
+    samples: np.ndarray
+    first: np.ndarray | None
+    rows: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    cell: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        array = self.reader.array
+        self.wanted = (self.rows * array.row_bytes).tolist()
+        self.skip = [0] * len(self.wanted) if self.first is None else (self.first * array.row_bytes).tolist()
+        shards = (self.reader.rows[self.samples] // array.shard[0]).tolist()
+        names = {shard: array.shard_file(shard, self.cell) for shard in set(shards)}
+        self.names = [names[shard] for shard in shards]
+        self.base = self.base.tolist()
+        if array.codec == "none":
+            short = self.lengths.min(axis=1, initial=2**62) < np.asarray(self.skip) + self.wanted
+            if short.any():
+                i = int(np.flatnonzero(short)[0])
+                raise DamagedShard(
+                    f"{self.reader.place}/{self.names[i]}: sample {self.samples[i]} has fewer tokens in it than were "
+                    f"planned; {_HINT}"
+                )
+            self.starts = (self.offsets + np.asarray(self.skip)[:, None]).tolist()
+
+    def _target(self, i: int, j: int) -> memoryview:
+        begin = self.base[i] + j * self.stride
+        return self.out[begin : begin + self.wanted[i]]
+
+    def copy_hot(self, order: list[int]) -> list[int]:
+        """Copy the runs of uncompressed rows that the page cache has; those that it has not, or not whole."""
+        if self.offsets.shape[1] > 1:
+            return [i for i in order if not self.copy(i, os.RWF_NOWAIT)]
+        # Of one layer there are many and small ones: this loop is as bare as it can be.
+        files = {name: self.reader.open(name) for name in set(self.names)}
+        descriptors = {name: file.fileno() for name, file in files.items()}
+        out, base, wanted, starts, names = self.out, self.base, self.wanted, self.starts, self.names
+        cold, preadv, flags = [], os.preadv, os.RWF_NOWAIT
+        try:
+            for i in order:
+                begin, size = base[i], wanted[i]
+                try:
+                    if size and preadv(descriptors[names[i]], [out[begin : begin + size]], starts[i][0], flags) != size:
+                        cold.append(i)
+                except BlockingIOError:
+                    cold.append(i)
+        except OSError as failure:
+            if failure.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise
+            self.reader._hot = False  # this file system cannot tell
+            return order
+        return cold
+
+    def copy(self, i: int, flags: int = 0) -> bool:
+        """Scatter a run of uncompressed rows: layers that nearly follow each other on disk by one system call."""
+        wanted, starts = self.wanted[i], self.starts[i]
+        if not wanted:
+            return True
+        file = self.reader.open(self.names[i])
+        if len(starts) == 1:
+            return self._fill(file, [self._target(i, 0)], starts[0], wanted, flags)
+        pieces, begin, end = [], starts[0], starts[0]
+        for j, start in enumerate(starts):
+            gap = start - end
+            if not 0 <= gap <= GAP_BYTES or len(pieces) > MAX_PIECES:
+                if not self._fill(file, pieces, begin, end - begin, flags):
+                    return False
+                pieces, begin, gap = [], start, 0
+            if gap:
+                pieces.append(_JUNK[:gap])
+            pieces.append(self._target(i, j))
+            end = start + wanted
+        return self._fill(file, pieces, begin, end - begin, flags)
+
+    def _fill(self, file: BinaryIO, pieces: list[memoryview], offset: int, size: int, flags: int) -> bool:
+        try:
+            read = os.preadv(file.fileno(), pieces, offset, flags)
+        except OSError as failure:
+            if flags and failure.errno == errno.EAGAIN:
+                return False
+            if flags and failure.errno in (errno.EOPNOTSUPP, errno.EINVAL):
+                self.reader._hot = False  # this file system cannot tell
+                return False
+            raise
+        if read == size:
+            return True
+        if flags:
+            return False
+        while read < size:  # signals and some network file systems cut long reads
+            rest, skip = [], read
+            for piece in pieces:
+                if skip < len(piece):
+                    rest.append(piece[skip:])
+                skip = max(0, skip - len(piece))
+            if not (more := os.preadv(file.fileno(), rest, offset + read)):
+                raise DamagedShard(f"{file.name} ends before byte {offset + size}; {_HINT}")
+            read += more
+        return True
+
+    def fetch(self, i: int) -> None:
+        """Uncompressed rows from an object store."""
+        wanted, starts = self.wanted[i], self.starts[i]
+        if not wanted:
+            return
+        found = self.reader.place.read_ranges(self.names[i], starts, [wanted] * len(starts))
+        for j, data in enumerate(found):
+            if len(data) != wanted:
+                raise DamagedShard(
+                    f"{self.reader.place}/{self.names[i]} ends before byte {starts[j] + wanted}; {_HINT}"
+                )
+            self._target(i, j)[:] = data
+
+    def decode(self, i: int) -> None:
+        """Compressed rows: units that follow each other are read at once, and decoded into their place."""
+        if not self.wanted[i]:
+            return
+        reader, local = self.reader, isinstance(self.reader.place, LocalPlace)
+        offsets, lengths = self.offsets[i].tolist(), self.lengths[i].tolist()
+        if not local:
+            for j, data in enumerate(reader.place.read_ranges(self.names[i], offsets, lengths)):
+                self._decode(i, j, data)
+            return
+        file = reader.open(self.names[i])
+        j = 0
+        while j < len(offsets):
+            begin, last = offsets[j], j
+            while (
+                last + 1 < len(offsets)
+                and 0 <= offsets[last + 1] - offsets[last] - lengths[last] <= GAP_BYTES
+                and offsets[last + 1] + lengths[last + 1] - begin <= RUN_BYTES
+            ):
+                last += 1
+            size = offsets[last] + lengths[last] - begin
+            encoded = scratch(size)
+            self._fill(file, [encoded], begin, size, 0)
+            for k in range(j, last + 1):
+                self._decode(i, k, encoded[offsets[k] - begin : offsets[k] - begin + lengths[k]])
+            j = last + 1
+
+    def _decode(self, i: int, j: int, encoded: Any) -> None:
+        reader, array, rows = self.reader, self.reader.array, int(self.rows[i])
+        first = 0 if self.first is None else int(self.first[i])
+        target = np.frombuffer(self._target(i, j), array.dtype).reshape(rows, *array.unit[1:])
+        if not first:
+            reader._decode_into(encoded, target, int(self.samples[i]), self.cell)
+        else:
+            unit = np.empty((first + rows, *array.unit[1:]), array.dtype)
+            reader._decode_into(encoded, unit, int(self.samples[i]), self.cell)
+            target[:] = unit[first:]
+
+
+def scratch(size: int) -> memoryview:
+    """Memory of this thread until it asks again: fresh memory costs page faults, which cap reading."""
+    if len(getattr(_SCRATCH, "memory", b"")) < size:
+        _SCRATCH.memory = bytearray(size)
+    return memoryview(_SCRATCH.memory)[:size]
+
+
+_SCRATCH = threading.local()
+
+_JUNK = memoryview(bytearray(GAP_BYTES))
 
 _POOLS: dict[int, ThreadPoolExecutor] = {}
 
@@ -246,5 +576,6 @@ _POOLS: dict[int, ThreadPoolExecutor] = {}
 def _pool() -> ThreadPoolExecutor:
     # By process: the threads of a pool do not survive a fork.
     if os.getpid() not in _POOLS:
-        _POOLS[os.getpid()] = ThreadPoolExecutor(THREADS, thread_name_prefix="shards")
+        _POOLS.clear()
+        _POOLS[os.getpid()] = ThreadPoolExecutor(REMOTE_THREADS, thread_name_prefix="shards")
     return _POOLS[os.getpid()]

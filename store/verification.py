@@ -2,21 +2,38 @@
 
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import numpy as np
-import polars as pl
 import zarr
 
-from store import bits, commits, files
+from store import bits
+from store.commits import Commit
 from store.errors import Refusal
-from store.layout import load_plan, table_file
-from store.plan import ArrayPlan, Plan, canonical_json, rows_as_bytes
+from store.layout import (
+    DERIVED_RECORDS,
+    FORMAT_1,
+    LAYOUT_FILE,
+    PLAN_FILE,
+    Derived,
+    format_version,
+    read_plan,
+    sample_labels,
+    table_file,
+    twin,
+)
+from store.places import Place, crc32c_of, locate
+from store.plan import ArrayPlan, Plan, canonical_json, depth, hash_parts, rows_as_bytes
 from store.reader import Store
-from store.shards import DamagedShard, ShardReader, decode_index, index_bytes
+from store.sealing import Unsealed, unseal
+from store.shards import DamagedShard, decode_index, index_bytes
+
+THREADS = 4
+"""Blocks that are checked at a time."""
 
 
 @dataclass(frozen=True)
@@ -32,14 +49,16 @@ class Report:
     set_aside: int
     """Samples that could not be read, by their commit."""
     blocks: int
-    """Committed blocks."""
+    """Committed blocks, of all parts."""
     planned_blocks: int
     identity_hash: str
     content_hash: str
     """sha256 of the committed values and tables: one for any order of work, number of workers, interruptions,
-    codec and block size."""
-    damaged_blocks: list[int] = field(default_factory=list)
-    """Committed blocks that are not as they were committed."""
+    codec, block size, and for a store made at once or grown."""
+    damaged_blocks: list[tuple[int, int]] = field(default_factory=list)
+    """Committed blocks that are not as they were committed, as (part, block)."""
+    damaged_derived: list[str] = field(default_factory=list)
+    """Derived arrays that are not as they were added."""
     problems: list[str] = field(default_factory=list)
 
     def as_dict(self) -> dict[str, Any]:
@@ -47,7 +66,7 @@ class Report:
         return asdict(self)
 
 
-def verify(path: str | os.PathLike) -> Report:
+def verify(path: str | os.PathLike | Place) -> Report:
     """Read the whole store at ``path`` and compare it with its plan and its commits.
 
     Raises
@@ -55,57 +74,112 @@ def verify(path: str | os.PathLike) -> Report:
     Refusal
         When ``path`` is no store. Damage is reported, not raised.
     """
-    folder = files.locate(path)
+    place = locate(path)
+    if not place.exists(PLAN_FILE):
+        read_plan(place)  # says what it is not
+    problems = list(_record_problems(place))
     try:
-        plan = load_plan(folder)
-    except Refusal:
-        raise
-    except Exception as failure:
-        problem = f"the plan or the samples table does not read: {failure}"
-        return Report(False, 0, 0, 0, 0, 0, "", "", problems=[problem])
-    store = Store(folder)
-    problems = list(_layout_problems(folder, plan)) + commits.read(folder)[1]
-    missing = [b for b in range(plan.n_blocks) if b not in store.commits]
-    if missing:
-        shown = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
-        problems.append(
-            f"{len(missing)} of {plan.n_blocks} blocks are not committed: {shown}; run the same command again"
-        )
-    content = hashlib.sha256(canonical_json([plan.layers, plan.width, plan.dtype]).encode())
-    readers = {name: ShardReader(folder, array, plan.rows(name)) for name, array in plan.arrays.items()}
-    damaged = []
-    for b in sorted(store.commits):
-        found = list(_file_problems(folder, plan, store.commits[b], store.valid))
-        found += _value_problems(plan, plan.block(b), store.valid, readers, content) if not found else []
-        problems += [f"block {b}: {problem}" for problem in found]
-        damaged += [b] if found else []
+        store = Store(place)
+    except (Refusal, ValueError, KeyError, TypeError) as failure:
+        return Report(False, 0, 0, 0, 0, 0, "", "", problems=problems or [str(failure)])
+    plan = store.plan
+    problems += [*_layout_problems(store), *store.log_problems]
+    content = hashlib.sha256(canonical_json([plan.width, plan.dtype]).encode())
+    damaged, digests = [], {}
+    for part in store.parts:
+        missing = [b for b in range(part.n_blocks) if b not in store.commits[part.part]]
+        if missing:
+            shown = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
+            named = f"{part.n_blocks} blocks" + (f" of the added layers {', '.join(part.layers)}" if part.part else "")
+            problems.append(f"{len(missing)} of {named} are not committed: {shown}; run the same command again")
+        committed = store.commits[part.part]
+        check = partial(_check_block, store, part, store.valid_in(part.part))
+        with ThreadPoolExecutor(THREADS, "verify") as pool:
+            for b, (found, of_samples) in zip(committed, pool.map(check, committed.values()), strict=True):
+                named = f"block {b}" + (f" of part {part.part}" if part.part else "")
+                problems += [f"{named}: {problem}" for problem in found]
+                damaged += [(part.part, b)] if found else []
+                for sample, found_digests in of_samples.items():
+                    digests.setdefault(sample, {}).update(found_digests)
+    for sample in sorted(digests):
+        content.update(b"+" if store.valid[sample] else b"-")
+        for (name, layer), digest in sorted(digests[sample].items(), key=lambda item: (item[0][0], depth(item[0][1]))):
+            content.update(f"{name} {layer}".encode() + digest)
     if not damaged:
         _hash_tables(store, content)
+    lost, found = [], list(_derived_problems(place))
+    for name, problem in found:
+        lost += [] if name in lost else [name]
+        problems.append(f"derived {name}: {problem}")
     return Report(
         ok=not problems,
         samples=int(store.valid.sum()),
         planned=plan.n_samples,
-        set_aside=sum(len(commit.set_aside) for commit in store.commits.values()),
-        blocks=len(store.commits),
-        planned_blocks=plan.n_blocks,
+        set_aside=sum(len(commit.set_aside) for commit in store.commits[0].values()),
+        blocks=sum(map(len, store.commits)),
+        planned_blocks=sum(part.n_blocks for part in store.parts),
         identity_hash=plan.identity_hash,
         content_hash=content.hexdigest(),
         damaged_blocks=damaged,
+        damaged_derived=lost,
         problems=problems,
     )
 
 
-def _layout_problems(folder: Path, plan: Plan) -> Iterator[str]:
-    """Differences between the Zarr metadata and tables written at the start and the plan."""
+def _record_problems(place: Place) -> Iterator[str]:
+    """The plan and the tables of planned samples, and their twins."""
+    names = [PLAN_FILE]
+    try:
+        stored = read_plan(place)
+        if stored["format_version"] == 1:
+            return
+        names += [stored[key] for key in FORMAT_1]
+    except Refusal as refusal:
+        yield str(refusal)
+    for name in names:
+        copies = {}
+        for path in (name, twin(name)):
+            try:
+                copies[path] = place.read(path)
+            except FileNotFoundError:
+                yield f"{path} is not there"
+                continue
+            if name != PLAN_FILE and hashlib.sha256(copies[path]).hexdigest()[:16] not in name:
+                yield f"{path} is not what its name says: it was changed"
+        if len(copies) == 2 and copies[name] != copies[twin(name)]:
+            yield f"{name} and its twin {twin(name)} differ"
+
+
+def _layout_problems(store: Store) -> Iterator[str]:
+    """Differences between the Zarr metadata that was written and the plan."""
+    place = store.place
+    version = format_version(place)
+    if version > 1:
+        try:
+            sums = unseal(place.read(LAYOUT_FILE))["files"]
+        except (FileNotFoundError, Unsealed) as failure:
+            sums = {}
+            yield f"{LAYOUT_FILE}: {failure}"
+        for name, (size, checksum) in sums.items():
+            try:
+                data = place.read(name)
+            except FileNotFoundError:
+                yield f"{name} is not there"
+                continue
+            if (len(data), f"{crc32c_of(data):08x}") != (size, checksum):
+                yield f"{name} is not what was laid out: it was changed"
     # Each array's own metadata, and the copy in the root that stock readers look at first.
     for consolidated in (False, True):
         try:
-            root = zarr.open_group(folder, mode="r", use_consolidated=consolidated)
-            for key, value in (("identity_hash", plan.identity_hash), ("plan_hash", plan.plan_hash)):
+            root = zarr.open_group(place.zarr_store(read_only=True), mode="r", use_consolidated=consolidated)
+            expected = {"identity_hash": store.plan.identity_hash, "format_version": version}
+            expected |= {"plan_hash": hash_parts(store.parts)} if version > 1 else {}
+            for key, value in expected.items():
                 if root.attrs.get(key) != value:
                     yield f"the root's {key} is {root.attrs.get(key)} and the plan's is {value}: they changed"
-            for name, array in plan.arrays.items():
-                yield from _array_problems(root, name, array, plan)
+            for part in store.parts:
+                for name, array in part.arrays.items():
+                    yield from _array_problems(root, name, array, part)
         except Exception as failure:
             yield f"the Zarr metadata does not read: {failure}"
 
@@ -119,82 +193,120 @@ def _array_problems(root: zarr.Group, name: str, array: ArrayPlan, plan: Plan) -
         ("dtype", array.dtype),
     ):
         if getattr(there, key) != value:
-            yield f"{name}/zarr.json has {key} {getattr(there, key)} and the plan {value}"
-    group = name.split("/")[0]
-    for dim, values in (("sample", plan.samples["sample_id"].to_list()), ("layer", list(array.layers))):
-        if root[f"{group}/{dim}"][:].tolist() != values:
-            yield f"the coordinate {group}/{dim} is not the plan's"
+            yield f"{name} has {key} {getattr(there, key)} and was planned with {value}"
+    if tuple(there.metadata.dimension_names or ()) != array.dims:
+        yield f"{name} has dimensions {there.metadata.dimension_names} and was planned with {array.dims}"
+    if there.attrs.get("bits") != array.bits:
+        yield f"{name} says its bits are {there.attrs.get('bits')} and they are {array.bits}"
+    group = root[name.rsplit("/", 1)[0]]
+    for dim, values in (("sample", sample_labels(plan)), ("layer", list(array.layers))):
+        if group[dim][:].tolist() != values:
+            yield f"{name}: the coordinate {dim} is not the plan's"
 
 
-def _expected_files(plan: Plan, block: int, samples: range, valid: np.ndarray) -> set[str]:
-    there = [n for n in samples if valid[n]]
-    shards = {array.shard_file(n // array.shard[0]) for array in plan.arrays.values() for n in there}
-    return shards | ({table_file("tokens", block), table_file("results", block)} if there else set())
+def _check_block(
+    store: Store, part: Plan, valid: np.ndarray, commit: Commit
+) -> tuple[list[str], dict[int, dict[tuple[str, str], bytes]]]:
+    """What is wrong with a block; and per sample the digest of its values by variable and layer."""
+    b = commit.block
+    problems = list(_file_problems(store.place, part, commit, valid))
+    digests: dict[int, dict[tuple[str, str], bytes]] = {sample: {} for sample in part.block(b)}
+    for name, array in part.arrays.items() if not problems else ():
+        problems += _index_problems(store, part, array, part.block(b), valid)
+        variable = "/".join([name.split("/")[0].split("_")[0], name.split("/")[1]])
+        for sample in part.block(b) if not problems else ():
+            if not valid[sample]:
+                continue
+            values = np.empty((1, len(array.layers), *part.extent(name, sample)), array.dtype)
+            try:
+                store.reader(name).read_into(values, [sample], range(len(array.layers)))
+            except (DamagedShard, OSError) as damage:
+                problems.append(str(damage))
+                continue
+            hidden = name.startswith("hidden")
+            whole = bits.is_finite(values) and not (hidden and bits.has_zero_row(values))
+            for layer, values_r in zip(array.layers, values[0], strict=True):
+                digests[sample][variable, layer] = hashlib.blake2b(values_r.reshape(-1).view(np.uint8).data).digest()
+                if whole:
+                    continue
+                if not bits.is_finite(values_r):
+                    problems.append(f"{name} of sample {sample} at layer {layer!r} is not finite")
+                if hidden and bits.has_zero_row(values_r):
+                    problems.append(f"{name} of sample {sample} at layer {layer!r} has a state that is zero throughout")
+    return problems, digests
 
 
-def _file_problems(folder: Path, plan: Plan, commit: commits.Commit, valid: np.ndarray) -> Iterator[str]:
-    expected = _expected_files(plan, commit.block, plan.block(commit.block), valid)
-    for name in sorted(expected ^ set(commit.files)):
-        yield f"{name} {'is not in its commit' if name in expected else 'should not be in its commit'}"
-    for name, (size, checksum) in commit.files.items():
-        path = folder / name
-        if not path.is_file():
-            yield f"{name} is gone"
-        elif path.stat().st_size != size:
-            yield f"{name} has {path.stat().st_size} bytes and was committed with {size}"
-        elif (now := files.checksum_of(path)) != checksum:
+def _file_problems(place: Place, part: Plan, commit: Commit, valid: np.ndarray) -> Iterator[str]:
+    block = part.block(commit.block)
+    unknown = [sample for sample in commit.set_aside if sample not in block]
+    if unknown:
+        yield f"its commit sets aside the samples {unknown}, which are not its own"
+    expected = set()
+    if valid[block.start : block.stop].any():
+        expected = {table_file(kind, commit.block) for kind in ("tokens", "results")} if part.part == 0 else set()
+        for name, array in part.arrays.items():
+            for sample in block:
+                if valid[sample]:
+                    shard = int(part.rows[sample]) // array.shard[0]
+                    expected |= {array.shard_file(shard, cell) for cell, _ in array.units(part.extent(name, sample))}
+    if missing := sorted(expected - set(commit.files)):
+        yield f"its commit lacks {missing[0]}"
+    # Arrays that were dropped since are not missed.
+    yield from file_problems(place, {name: commit.files[name] for name in sorted(expected & set(commit.files))})
+
+
+def file_problems(place: Place, files: dict[str, tuple[int, str]]) -> Iterator[str]:
+    """Files that are not there, or not of the size and checksum they were committed with."""
+    for name, (size, checksum) in files.items():
+        found = place.size(name)
+        if found is None:
+            yield f"{name} is not there"
+        elif found != size:
+            yield f"{name} has {found} bytes and was committed with {size}"
+        elif (now := place.checksum(name)) != checksum:
             yield f"{name} has checksum {now} and was committed with {checksum}: it was changed"
 
 
-def _value_problems(
-    plan: Plan, samples: range, valid: np.ndarray, readers: dict[str, ShardReader], content: Any
+def _index_problems(
+    store: Store, part: Plan, array: ArrayPlan, samples: Sequence[int], valid: np.ndarray
 ) -> Iterator[str]:
-    """Check indices and values, and feed the values to ``content``, sample by sample."""
-    for name, array in plan.arrays.items():
-        yield from _index_problems(readers[name], array, samples, valid)
+    """Whether the index of every shard has what its samples should have, and nothing of those set aside."""
+    cells: dict[str, tuple[tuple[int, ...], list[int]]] = {}
     for sample in samples:
-        content.update(b"+" if valid[sample] else b"-")
-        for name, array in plan.arrays.items() if valid[sample] else ():
-            whole = np.full((1, len(array.layers), *array.unit), array.fill, array.dtype)
-            try:
-                readers[name].read_into(whole, [sample], range(len(array.layers)))
-            except (DamagedShard, OSError) as damage:
-                yield str(damage)
-                continue
-            counts = plan.counts(name)
-            real = tuple(slice(int(counts[dim][sample])) if dim in counts else slice(None) for dim in array.dims[2:])
-            values = np.ascontiguousarray(whole[0][(slice(None), *real)])
-            content.update(hashlib.blake2b(values.data).digest())
-            for layer, values_r in zip(array.layers, values, strict=True):
-                if not bits.is_finite(values_r):
-                    yield f"{name} of sample {sample} at layer {layer!r} is not finite"
-                if name.startswith("hidden/") and bits.has_zero_row(values_r):
-                    yield f"{name} of sample {sample} at layer {layer!r} has a state that is zero throughout"
-
-
-def _index_problems(reader: ShardReader, array: ArrayPlan, samples: range, valid: np.ndarray) -> Iterator[str]:
-    for shard in sorted({n // array.shard[0] for n in samples}):
-        members = range(max(samples.start, shard * array.shard[0]), min(samples.stop, (shard + 1) * array.shard[0]))
-        if not valid[members.start : members.stop].any():
+        for cell, _ in array.units(part.extent(array.name, sample)) if valid[sample] else ():
+            name = array.shard_file(int(part.rows[sample]) // array.shard[0], cell)
+            cells.setdefault(name, (cell, []))[1].append(sample)
+    for name, (cell, members) in cells.items():
+        try:
+            _, lengths = decode_index(array, *store.place.read_tail(name, index_bytes(array)))
+        except (DamagedShard, OSError) as damage:
+            yield f"{name}: {damage}"
             continue
-        path = reader.folder / array.shard_file(shard)
-        with path.open("rb") as file:
-            size = path.stat().st_size
-            file.seek(max(0, size - index_bytes(array)))
-            try:
-                runs = decode_index(array, file.read(), size)
-            except DamagedShard as damage:
-                yield f"{array.shard_file(shard)}: {damage}"
-                continue
-        for sample in members:
-            lengths = runs[sample % array.shard[0], :, 1]
-            whole = -(-int(reader.rows[sample]) // array.inner[2]) * array.chunk_bytes
-            fits = (lengths == whole).all() if array.codec == "none" else (lengths > 0).all()
-            if not (fits if valid[sample] else (lengths == 0).all()):
-                yield f"{array.shard_file(shard)}: its index does not hold what sample {sample} should have"
+        should = np.zeros(array.shard[0], bool)
+        places = part.rows[members] % array.shard[0]
+        should[places] = True
+        if (lengths[~should] > 0).any() or (lengths[should] == 0).any():
+            yield f"{name}: its index does not hold the samples that it should"
+        if array.codec == "none":
+            for sample, place in zip(members, places, strict=True):
+                rows = min(part.extent(array.name, sample)[0] - cell[0] * array.unit[0], array.unit[0])
+                if (lengths[place] != -(-rows // array.inner[2]) * array.chunk_bytes).any():
+                    yield f"{name}: its index does not hold what sample {sample} should have"
+
+
+def _derived_problems(place: Place) -> Iterator[tuple[str, str]]:
+    for record in place.names(DERIVED_RECORDS):
+        name = record.removeprefix(f"{DERIVED_RECORDS}/").removesuffix(".json")
+        try:
+            derived = Derived.parse(place.read(record))
+        except (Unsealed, TypeError, KeyError) as failure:
+            yield name, f"its record does not read: {failure}"
+            continue
+        for problem in file_problems(place, dict(derived.files)):
+            yield name, problem
 
 
 def _hash_tables(store: Store, content: Any) -> None:
     samples = store.samples.drop("set_aside")  # why a sample failed may name a place or a time
-    for table in (samples.select(sorted(samples.columns)), *map(pl.read_parquet, store.table_files("tokens"))):
+    for table in (samples, *store.tables("tokens")):
         content.update(rows_as_bytes(table.select(sorted(table.columns))))

@@ -1,24 +1,38 @@
-"""Filling a store block by block: shards and tables first, each whole and durable, then the block's commit."""
+"""Filling a store block by block: shards and tables first, each whole and durable, then the block's commit.
+
+Who adds does not wait: states are checked, encoded, written and synced behind the caller's back, in order, by a
+pipeline of bounded memory that hands errors back at the next call.
+"""
 
 import contextlib
 import io
 import os
-import shutil
-from collections.abc import Mapping
-from concurrent.futures import ThreadPoolExecutor
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
 
 import numpy as np
 import polars as pl
 
-from store import bits, files
-from store.commits import Commit, Log, read
+from store import bits, commits
+from store.commits import Commit
 from store.errors import Refusal
-from store.layout import load_plan, table_file
-from store.plan import ArrayPlan
-from store.shards import ShardBuilder
-from store.tokens import conform
+from store.layout import ensure_layout, load_parts, table_file
+from store.places import Place, locate
+from store.plan import ArrayPlan, Plan
+from store.shards import EncodedUnit, ShardFile, codec_of, encode_unit
+from store.tokens import check, conform
+
+MEMORY = 512 * 2**20
+"""Bytes of states that may wait to be written."""
+
+SYNCING = 4
+"""Files that are made durable at a time: a disk syncs several as fast as one."""
+
+WAIT_SECONDS = 0.5
+"""How often a worker that has nothing left looks whether others have finished, or died."""
 
 
 class BadStates(ValueError):  # noqa: N818 - the states are what is wrong, by name
@@ -26,65 +40,182 @@ class BadStates(ValueError):  # noqa: N818 - the states are what is wrong, by na
 
 
 class Writer:
-    """One worker's hand on a store. Workers on disjoint blocks need no lock.
+    """One worker's hand on a store; several processes may fill one store at a time, each under a name of its own.
 
     Parameters
     ----------
     path
-        A store that ``create`` made.
+        A store that ``create`` or ``grow`` made.
     worker
-        Name of this worker's commit log; every worker at work at one time needs its own.
+        Name of this worker's commit log.
+    part
+        The part that is filled: 0 as created, others are layers that were added.
     threads
-        Threads that compress.
+        Threads that check and encode.
+    memory
+        Bytes of states that may wait; ``Block.add`` blocks while there are more. The peak is about twice this (what
+        was given, and what it was encoded to).
 
     Raises
     ------
     Refusal
         When a writer of that name is at work.
 
+    Notes
+    -----
+    An error of the disk or of the states (``Refusal``, ``BadStates``) is raised by the next call after it, by
+    ``flush`` or by leaving ``with`` at the latest. What was committed before it stays.
+
     Examples
     --------
     >>> with Writer(path, worker="0") as writer:  # doctest: +SKIP
-    ...     for b in store.pending(path):
+    ...     for b in writer.blocks():
     ...         with writer.block(b) as block:
     ...             for sample in writer.plan.block(b):
     ...                 block.add(sample, image=…, text=…, tokens=…, values={"vlm_x1": 3.0})
     """
 
-    def __init__(self, path: str | os.PathLike, worker: str = "0", threads: int = 2):
-        self.plan = load_plan(path)
-        self.folder = files.locate(path)
-        self.log = Log(self.folder, worker)
-        self.partial = self.folder / files.PARTIAL / worker
-        # What a killed writer of this name left half written; the lock says that nobody else is writing it.
-        shutil.rmtree(self.partial, ignore_errors=True)
-        self.pool = ThreadPoolExecutor(threads, thread_name_prefix="encode")
+    def __init__(
+        self,
+        path: str | os.PathLike | Place,
+        worker: str = "0",
+        part: int = 0,
+        threads: int = 2,
+        memory: int = MEMORY,
+    ):
+        self.place = locate(path).of(worker)
+        parts = load_parts(self.place, laid_out=False)
+        if part not in range(len(parts)):
+            raise Refusal(f"{self.place} has no part {part}: it has {len(parts)}; `store.grow` adds them")
+        self.plan: Plan = parts[part]
+        self.log = self.place.log(commits.log_file(worker))
+        try:
+            # What a killed writer of this name left half written; the lock says that nobody else is writing it.
+            self.place.remove_partial()
+            ensure_layout(self.place, parts)
+        except BaseException:
+            self.log.close()
+            raise
+        self.codecs = {name: codec_of(array) for name, array in self.plan.arrays.items()}
+        self._claims: dict[int, Any] = {}
+        self._begun: set[int] = set()
+        self._failure: BaseException | None = None
+        self._memory, self._waiting, self._room = memory, 0, threading.Condition()
+        self._encoding = ThreadPoolExecutor(threads, "encode")
+        self._writing = ThreadPoolExecutor(1, "write")
+        self._syncing = ThreadPoolExecutor(SYNCING, "sync")
+        self._committing = ThreadPoolExecutor(1, "commit")
+
+    def blocks(self) -> Iterator[int]:
+        """Blocks to do, one at a time, each held by this worker until it is committed.
+
+        Blocks that other live workers hold are passed over; at the end they are waited for, and those of a worker
+        that died are taken up. So when this ends, the whole part is committed. (Nobody can hold a block on an object
+        store: give every worker blocks of its own there.)
+        """
+        stopped = threading.Event()
+        while left := [b for b in self._pending() if b not in self._claims]:
+            taken = False
+            for b in left:
+                if self.claim(b):
+                    taken = True
+                    yield b
+            if not taken:
+                stopped.wait(WAIT_SECONDS)
+        self.flush()
+
+    def claim(self, b: int) -> bool:
+        """Hold block ``b`` until it is committed or given up; False if it is committed or another worker's."""
+        self._raise_failure()
+        if b in self._claims:
+            return True
+        claim = self.place.claim(f"{self.plan.part}-{b}")
+        if claim is None:
+            return False
+        # Whoever held it before may have committed it just now.
+        if b not in self._pending():
+            claim.close()
+            return False
+        self._claims[b] = claim
+        return True
 
     def block(self, b: int) -> "Block":
-        """Block ``b``, to be filled within ``with``: committed on leaving, and not at all if an error leaves it.
+        """Block ``b``, to be filled within ``with``; an error that leaves ``with`` leaves no trace of it.
+
+        It is committed some time after ``with`` was left; ``flush`` waits for that.
 
         Raises
         ------
         Refusal
-            When the block is committed already: readers may be at it.
+            When the block is committed already, for readers may be at it, or another worker holds it.
         """
-        if b in read(self.folder)[0]:
-            raise Refusal(f"block {b} of {self.folder} is committed: `store.pending` lists the blocks that are left")
+        if b in self._begun or not self.claim(b):
+            raise Refusal(
+                f"block {b} of {self.place} is committed, or being written: `Writer.blocks` gives those that are left"
+            )
+        self._begun.add(b)
         return Block(self, b)
 
+    def flush(self) -> None:
+        """Wait until every block that was left is committed; raises what went wrong."""
+        for stage in (self._writing, self._committing):
+            stage.submit(lambda: None).result()
+        self._raise_failure()
+
     def close(self) -> None:
-        """Let go of the log and the temporary folder."""
-        self.pool.shutdown()
-        shutil.rmtree(self.partial, ignore_errors=True)
-        with contextlib.suppress(OSError):  # another worker's is in there
-            self.partial.parent.rmdir()
+        """Let go of the log and of everything half written."""
+        for stage in (self._encoding, self._writing, self._syncing, self._committing):
+            stage.shutdown(cancel_futures=True)
+        for b in list(self._claims):
+            self._claims.pop(b).close()
+        self.place.remove_partial()
         self.log.close()
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self.close()
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            if kind is None:
+                self.flush()
+        finally:
+            self.close()
+
+    def _pending(self) -> list[int]:
+        committed = commits.read(self.place).of_part(self.plan.part)
+        return [b for b in range(self.plan.n_blocks) if b not in committed]
+
+    def _raise_failure(self) -> None:
+        if self._failure is not None:
+            raise self._failure
+
+    def _behind(self, stage: ThreadPoolExecutor, work: Any, *given: Any) -> Future:
+        """Run ``work`` in a stage, unless something failed before; its failure is kept for the caller."""
+
+        def guarded() -> Any:
+            if self._failure is not None:
+                return None
+            try:
+                return work(*given)
+            except BaseException as failure:
+                self._failure = self._failure or failure
+                with self._room:
+                    self._room.notify_all()
+                return None
+
+        return stage.submit(guarded)
+
+    def _reserve(self, size: int) -> None:
+        with self._room:
+            # One sample is always let in, however large.
+            self._room.wait_for(lambda: not self._waiting or self._waiting + size <= self._memory or self._failure)
+            self._waiting += size
+        self._raise_failure()
+
+    def _release(self, size: int) -> None:
+        with self._room:
+            self._waiting -= size
+            self._room.notify_all()
 
 
 class Block:
@@ -94,24 +225,30 @@ class Block:
         self.writer, self.plan, self.number = writer, writer.plan, b
         self.samples = self.plan.block(b)
         self._ids = self.plan.samples["sample_id"]
-        self._building: dict[tuple[str, int], ShardBuilder] = {}
+        self._counts = {name: self.plan.counts(name) for name in self.plan.arrays}
+        self._extents = {name: [self.plan.extent(name, sample) for sample in self.samples] for name in self.plan.arrays}
+        self._shards: dict[str, ShardFile] = {}
+        self._left = {
+            name: np.bincount([int(self.plan.rows[sample]) // array.shard[0] for sample in self.samples])
+            for name, array in self.plan.arrays.items()
+        }
         self._tokens: dict[int, pl.DataFrame] = {}
         self._values: dict[int, Mapping[str, Any]] = {}
         self._set_aside: dict[int, str] = {}
-        self._files: dict[str, tuple[int, str]] = {}
+        self._finished: dict[str, Future] = {}
 
     def add(
         self,
         sample: int,
         *,
-        tokens: pl.DataFrame,
+        tokens: pl.DataFrame | None = None,
         image: np.ndarray | None = None,
         text: np.ndarray | None = None,
         text_to_image: np.ndarray | None = None,
         text_to_text: np.ndarray | None = None,
         values: Mapping[str, Any] | None = None,
     ) -> None:
-        """Add one sample. Shards are written as soon as their samples are complete.
+        """Add one sample. The arrays are the writer's from now on: do not change them.
 
         Parameters
         ----------
@@ -121,17 +258,19 @@ class Block:
             Hidden states ``[l, n_image, d]`` and ``[l, n_text, d]``: bfloat16 bits as uint16, or float32, as planned.
             Each needed if and only if its kind is planned.
         tokens
-            Its token table, see ``store.tokens``; needs ``position`` and ``kind``.
+            Its token table, see ``store.tokens``; needs ``position`` and ``kind``. For the part that was created;
+            layers that were added have the same tokens and bring none.
         text_to_image, text_to_text
             Attention ``[l, q, n_image]`` and ``[l, q, n_text]`` (``[l, h, q, …]`` if heads are kept), any float;
             kept as float16. Needed if and only if planned.
         values
-            Results of this sample: more columns of the samples table.
+            Results of this sample: more columns of the samples table. Not for added layers.
 
         Raises
         ------
         BadStates
-            When values are not finite or a state is zero throughout; names the sample and the layer.
+            When values of this or an earlier sample are not finite or a state is zero throughout; names the sample
+            and the layer.
         ValueError
             When shape, dtype or token counts are not the planned ones.
         Refusal
@@ -144,45 +283,68 @@ class Block:
             "attention/text_to_image": text_to_image,
             "attention/text_to_text": text_to_text,
         }
-        units = {}
+        arrays = {}
         for name, values_lr in given.items():
+            kind, variable = name.split("/")
+            name = f"{self.plan.group(kind)}/{variable}"
             if (values_lr is not None) != (name in self.plan.arrays):
                 raise ValueError(f"{name} is {'not planned' if values_lr is not None else 'planned'}: sample {sample}")
             if values_lr is not None:
-                units[name] = self._checked(self.plan.arrays[name], sample, values_lr)
-        counts = (int(self.plan.samples[column][sample]) for column in ("n_image", "n_text"))
-        self._tokens[sample] = conform(tokens, sample, *counts)
-        plain = {name: v.item() if isinstance(v, np.generic) else v for name, v in (values or {}).items()}
-        self._values[sample] = plain
-        for name, values_lr in units.items():
-            self._builder(name, sample).put(sample % self.plan.arrays[name].shard[0], values_lr)
-        self._write_complete(sample)
+                self._check_shape(self.plan.arrays[name], sample, values_lr)
+                arrays[name] = values_lr
+        if self.plan.part == 0:
+            if tokens is None:
+                raise ValueError(f"sample {sample} has no token table")
+            check(tokens, sample, *(int(self.plan.samples[column][sample]) for column in ("n_image", "n_text")))
+            self._tokens[sample] = tokens
+        elif tokens is not None or values:
+            raise ValueError(f"sample {sample}: added layers have the tokens and results of part 0, give none")
+        size = sum(values_lr.nbytes for values_lr in arrays.values())
+        self.writer._reserve(size)
+        self._values[sample] = {n: v.item() if isinstance(v, np.generic) else v for n, v in (values or {}).items()}
+        encoding = {}
+        for name, values_lr in arrays.items():
+            array = self.plan.arrays[name]
+            extents = values_lr.shape[1:]
+            encoding[name] = [
+                (cell, self._encode(array, sample, values_lr[(slice(None), *place)]))
+                for cell, place in array.units(extents)
+            ]
+        self.writer._behind(self.writer._writing, self._write, sample, encoding, size)
 
     def set_aside(self, sample: int, reason: str) -> None:
         """Say that a sample cannot be had and why: it reads as NaN, and ``valid`` is False."""
         self._claim(sample)
         self._set_aside[sample] = reason
-        self._write_complete(sample)
+        self.writer._behind(self.writer._writing, self._write, sample, {}, 0)
 
     def _claim(self, sample: int) -> None:
+        self.writer._raise_failure()
         if sample not in self.samples:
             raise ValueError(f"sample {sample} is not of block {self.number}, which has {self.samples}")
         if sample in self._values or sample in self._set_aside:
             raise ValueError(f"sample {sample} was added before")
 
-    def _checked(self, array: ArrayPlan, sample: int, values_lr: np.ndarray) -> np.ndarray:
-        """Values of planned shape, dtype and sanity; attention padded to whole units of float16."""
-        counts = {dim: int(extents[sample]) for dim, extents in self.plan.counts(array.name).items()}
-        extents = dict(zip(array.dims[2:], array.unit, strict=True)) | counts
-        expected = (len(array.layers), *extents.values())
+    def _check_shape(self, array: ArrayPlan, sample: int, values_lr: np.ndarray) -> None:
+        expected = (len(array.layers), *self._extents[array.name][sample - self.samples.start])
         if values_lr.shape != expected:
             named = f"(layer, {', '.join(array.dims[2:])})"
             raise ValueError(f"{array.name} of sample {sample} is {values_lr.shape}, planned {named} = {expected}")
-        hidden = array.name.startswith("hidden/")
-        if hidden and values_lr.dtype != array.dtype:
+        if array.name.startswith("hidden") and values_lr.dtype != array.dtype:
             raise ValueError(f"{array.name} of sample {sample} is {values_lr.dtype}, planned {array.dtype}")
-        if not hidden:
-            values_lr = values_lr.astype(np.float16)
+
+    def _encode(self, array: ArrayPlan, sample: int, values_lr: np.ndarray) -> Future:
+        def work() -> EncodedUnit:
+            stored = values_lr.astype(np.float16, copy=False) if array.bits == "float16" else values_lr
+            self._check_values(array, sample, stored)
+            return encode_unit(array, self.writer.codecs[array.name], stored)
+
+        return self.writer._behind(self.writer._encoding, work)
+
+    def _check_values(self, array: ArrayPlan, sample: int, values_lr: np.ndarray) -> None:
+        hidden = array.name.startswith("hidden")
+        if bits.is_finite(values_lr) and not (hidden and bits.has_zero_row(values_lr)):
+            return
         for layer, values_r in zip(array.layers, values_lr, strict=True):
             for wrong, found in (
                 ("not finite", not bits.is_finite(values_r)),
@@ -190,49 +352,80 @@ class Block:
             ):
                 if found:
                     raise BadStates(f"{array.name} of sample {self._ids[sample]!r} at layer {layer!r} is {wrong}")
-        if hidden:
-            return values_lr
-        whole = np.full((len(array.layers), *array.unit), array.fill, np.float16)
-        whole[tuple(slice(n) for n in expected)] = values_lr
-        return whole
 
-    def _builder(self, name: str, sample: int) -> ShardBuilder:
-        array = self.plan.arrays[name]
-        return self._building.setdefault((name, sample // array.shard[0]), ShardBuilder(array, self.writer.pool))
-
-    def _write_complete(self, sample: int) -> None:
-        """Write the shards of which ``sample`` was the last, and forget them: memory stays bounded."""
+    def _write(self, sample: int, encoding: Mapping[str, list[tuple[tuple[int, ...], Future]]], size: int) -> None:
+        """Append a sample to its shards, and finish the shards of which it was the last."""
+        row = int(self.plan.rows[sample])
+        for name, cells in encoding.items():
+            array = self.plan.arrays[name]
+            for cell, future in cells:
+                if (unit := future.result()) is None:  # its failure is the writer's
+                    return
+                self._shard(array, row, cell).put(row % array.shard[0], unit)
+        self.writer._release(size)
         for name, array in self.plan.arrays.items():
-            shard = sample // array.shard[0]
-            members = range(shard * array.shard[0], min((shard + 1) * array.shard[0], self.plan.n_samples))
-            complete = all(member in self._values or member in self._set_aside for member in members)
-            if complete and (builder := self._building.pop((name, shard), None)):
-                self._write(array.shard_file(shard), builder.pieces())
+            shard = row // array.shard[0]
+            self._left[name][shard] -= 1
+            if not self._left[name][shard]:
+                prefix = f"{name}/c/{shard}/"
+                for path in [path for path in self._shards if path.startswith(prefix)]:
+                    self._finished[path] = self.writer._behind(
+                        self.writer._syncing, self._finish, self._shards.pop(path)
+                    )
 
-    def _write(self, name: str, pieces: Any) -> None:
-        self._files[name] = files.write_whole(self.writer.folder / name, pieces, self.writer.partial)
+    def _finish(self, shard: ShardFile) -> tuple[int, str]:
+        # Where a log cannot be locked, somebody else may have taken this worker's name.
+        self.writer.log.check()
+        return shard.commit()
 
-    def _write_table(self, kind: str, table: pl.DataFrame) -> None:
+    def _shard(self, array: ArrayPlan, row: int, cell: tuple[int, ...]) -> ShardFile:
+        name = array.shard_file(row // array.shard[0], cell)
+        if name not in self._shards:
+            self._shards[name] = ShardFile(array, self.writer.place.open_whole(name))
+        return self._shards[name]
+
+    def _table(self, kind: str, table: pl.DataFrame) -> None:
         buffer = io.BytesIO()
         table.write_parquet(buffer)
-        self._write(table_file(kind, self.number), [buffer.getvalue()])
+        name = table_file(kind, self.number)
+        work = self.writer.place.write_whole, name, [buffer.getvalue()]
+        self._finished[name] = self.writer._behind(self.writer._syncing, *work)
+
+    def _commit(self) -> None:
+        if self._tokens:
+            self._table("tokens", conform({n: self._tokens[n] for n in sorted(self._tokens)}))
+            rows = [{"sample": n, **self._values[n]} for n in sorted(self._values)]
+            self._table("results", pl.DataFrame(rows, infer_schema_length=None))
+        files = {name: future.result() for name, future in sorted(self._finished.items())}
+        if self.writer._failure is not None:
+            return
+        aside = {n: self._set_aside[n] for n in sorted(self._set_aside)}
+        self.writer.log.append(Commit(self.number, files, aside, self.plan.part).line())
+        if claim := self.writer._claims.pop(self.number, None):
+            claim.close()
+
+    def _discard(self) -> None:
+        for shard in self._shards.values():
+            with contextlib.suppress(Exception):
+                shard.file.discard()
+        self.writer._begun.discard(self.number)
+        if claim := self.writer._claims.pop(self.number, None):
+            claim.close()
 
     def __enter__(self) -> Self:
         return self
 
     def __exit__(self, kind: type | None, error: BaseException | None, trace: TracebackType | None) -> None:
-        if kind is not None:
-            return
+        writer = self.writer
         missing = [n for n in self.samples if n not in self._values and n not in self._set_aside]
-        if missing:
-            raise ValueError(
-                f"block {self.number} cannot be committed: samples {missing} were neither added nor set aside"
-            )
-        if self._tokens:
-            self._write_table(
-                "tokens", pl.concat([self._tokens[n] for n in sorted(self._tokens)], how="diagonal_relaxed")
-            )
-            rows = [{"sample": n, **self._values[n]} for n in sorted(self._values)]
-            self._write_table("results", pl.DataFrame(rows, infer_schema_length=None))
-        aside = {n: self._set_aside[n] for n in sorted(self._set_aside)}
-        self.writer.log.append(Commit(self.number, dict(sorted(self._files.items())), aside))
+        if kind is not None or missing:
+            writer._writing.submit(self._discard).result()
+            if kind is None:
+                writer._raise_failure()
+                raise ValueError(
+                    f"block {self.number} cannot be committed: samples {missing} were neither added nor set aside"
+                )
+            return
+        writer._raise_failure()
+        # By way of the writing stage, so that it comes after the block's last sample.
+        writer._writing.submit(lambda: writer._behind(writer._committing, self._commit))

@@ -128,7 +128,7 @@ def test_no_tracked_text_names_an_index_or_a_private_path():
     [
         (["extract", "--preset", "bogus"], "bogus"),
         (["extract", "--no-such-option"], "no-such-option"),
-        (["store", "verify"], "PATH"),
+        (["store", "verify"], "Folder or URL"),
         (["extract.scenes", "--samples", "many", "--out", "x"], "many"),
     ],
 )

@@ -103,3 +103,96 @@ def test_a_reader_leaves_early_without_hanging(path):
     batches = store.open(path).batches("0", "text", 2, epochs=100)
     next(batches)
     batches.close()
+
+
+def bits_of(tensor):
+    return tensor.contiguous().view(torch.int16)
+
+
+@pytest.mark.parametrize("tokens", ["all", "instruction", "template"])
+def test_ragged_batches_hold_the_same_states_one_sample_after_the_other(path, tokens):
+    opened = store.open(path)
+    asked = {"layers": ["0", "embed"], "tokens": tokens, "batch_size": 7, "shuffle": True, "seed": 1}
+    for padded, ragged in zip(opened.batches(**asked), opened.batches(**asked, layout="ragged"), strict=True):
+        assert (
+            torch.equal(padded.sample, ragged.sample) and ragged.offsets.diff().tolist() == padded.mask.sum(1).tolist()
+        )
+        assert ragged.values.shape[:2] == (2, int(padded.mask.sum()))
+        whole = padded.states.transpose(0, 1)[:, padded.mask]
+        assert torch.equal(bits_of(whole), bits_of(ragged.values))
+
+
+def test_a_run_that_was_stopped_in_mid_epoch_goes_on_with_the_next_batch(path):
+    import json
+
+    opened = store.open(path)
+
+    def made(seed=3):
+        return opened.batches("0", "text", 7, shuffle=True, seed=seed, epochs=3)
+
+    whole = [batch.sample.tolist() for batch in made()]
+    first = made()
+    begun = [next(first).sample.tolist() for _ in range(7)]
+    state = json.loads(json.dumps(first.state_dict()))
+    first.close()
+    second = made()
+    second.load_state_dict(state)
+    assert begun + [batch.sample.tolist() for batch in second] == whole and len(whole) == len(second)
+    with pytest.raises(store.Refusal, match="other batches"):
+        made(seed=4).load_state_dict(state)
+
+
+def test_an_iterator_that_came_to_its_end_starts_over(path):
+    batches = store.open(path).batches("0", "text", 7, shuffle=True)
+    once, twice = ([batch.sample.tolist() for batch in batches] for _ in range(2))
+    assert once == twice and len(once) == 5
+
+
+@pytest.mark.parametrize("context", ["fork", "spawn", "forkserver"])
+def test_worker_processes_give_the_same_batches_in_the_same_order(path, context):
+    batches = store.open(path).batches(["0", "final"], "all", 4, shuffle=True, seed=2, epochs=2)
+    alone = [(batch.sample.clone(), bits_of(batch.states).clone()) for batch in batches]
+    loader = torch.utils.data.DataLoader(batches, batch_size=None, num_workers=2, multiprocessing_context=context)
+    shared = [(batch.sample, bits_of(batch.states)) for batch in loader]
+    assert len(alone) == len(shared) == 16
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one[0], other[0]) and torch.equal(one[1], other[1])
+
+
+def test_memory_is_used_again_only_when_nobody_holds_the_batch(path):
+    opened = store.open(path)
+    asked = {"layers": "0", "tokens": "all", "batch_size": 3, "shuffle": True, "epochs": 20}
+    kept = list(opened.batches(**asked))
+    for batch, again in zip(kept, opened.batches(**asked), strict=True):
+        assert torch.equal(bits_of(batch.states), bits_of(again.states))
+    places = {batch.states.data_ptr() for batch in opened.batches(**asked)}
+    assert len(places) < 0.4 * len(kept)
+    slices = [batch.states[:, :, :1] for batch in opened.batches(**asked)]
+    for batch, part in zip(kept, slices, strict=True):
+        assert torch.equal(bits_of(batch.states[:, :, :1]), bits_of(part))
+
+
+def test_tokens_are_chosen_by_word_and_selected_lazily_with_their_labels(path):
+    opened = store.open(path)
+    found = opened.select(["final", "0"], "instruction", words=["object", "REMOVE"], samples=range(4, 9))
+    assert found.dims == ("token", "layer", "width") and found.dtype == np.float32
+    assert set(found.word.values) == {0, 1} and set(found.kind.values) == {"instruction"}
+    for n in range(0, found.sizes["token"], 3):
+        token = found[n]
+        sample, slot = int(token.sample), int(token.slot)
+        whole = opened.hidden.text.sel(layer=["final", "0"])[sample, :, slot]
+        np.testing.assert_array_equal(token.values, whole.values)
+    batch = next(opened.batches("final", "instruction", 5, words=["remove"], layout="ragged", dtype="float32"))
+    removed = opened.select("final", "instruction", words=["remove"], samples=range(5))
+    np.testing.assert_array_equal(batch.values[0].numpy(), removed.values[:, 0])
+    everything = opened.select("embed")
+    assert everything.sizes["token"] == opened.tokens.collect().height
+    states, mask = opened.read(range(30), "embed", "all", dtype="float32")
+    np.testing.assert_array_equal(everything.values[:, 0], states[:, 0][mask].numpy())
+
+
+def test_a_store_and_its_lazy_arrays_may_be_sent_to_other_processes(path):
+    import pickle
+
+    opened = pickle.loads(pickle.dumps(store.open(path)))
+    assert opened.layers == ("embed", "0", "final") and opened.valid.all()
