@@ -43,7 +43,7 @@ def _scratch(purpose: str, n: int, dtype: Any) -> np.ndarray:
     return kept[: n * dtype.itemsize].view(dtype)
 
 
-_PIECE = 1 << 16
+_PIECE = 1 << 17
 """Values worked on at a time: several passes over them stay in the cache."""
 
 
