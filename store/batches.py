@@ -6,6 +6,7 @@ Shapes: ``s``/``b`` samples, ``l`` layers, ``t`` tokens, ``w`` width, ``n`` toke
 import hashlib
 import itertools
 import sys
+import time
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -27,10 +28,10 @@ from store.tokens import words_of
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 AHEAD = 2
-"""Readings ahead of the one in use, if memory allows. More would only take longer to fill, and more of the caches."""
+"""Batches read ahead of the one in use, if memory allows; more take longer to fill, and more of the caches."""
 
-TOGETHER_BYTES = 2**20
-"""Small batches are read several at a time: handing one from thread to thread costs what reading it does."""
+QUICK_SECONDS = 2e-3
+"""A batch that is read in less is not worth a thread: handing it over costs a good part of that."""
 
 
 @dataclass(frozen=True)
@@ -325,24 +326,29 @@ class Batches(torch.utils.data.IterableDataset):
     def _run(self, worker: int, workers: int) -> Generator[Batch | RaggedBatch, None, None]:
         ids, buffers = self.ids(self.position + worker, workers), self._buffers
         typical = max(1, self.choice.bytes_of(self.choice.samples[: self.batch_size]))
-        together = max(1, min(TOGETHER_BYTES // typical, 16))
-        ahead = max(1, min(AHEAD, self.memory // (typical * together)))
+        ahead = max(1, min(AHEAD, self.memory // typical))
 
-        def load(several: list[np.ndarray]) -> list[Batch | RaggedBatch]:
-            return [self.choice.read(one, buffers.take(self.choice.bytes_of(one))) for one in several]
+        def load(one: np.ndarray) -> tuple[Batch | RaggedBatch, bool]:
+            began = time.perf_counter()
+            batch = self.choice.read(one, buffers.take(self.choice.bytes_of(one)))
+            return batch, time.perf_counter() - began < QUICK_SECONDS
 
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as reading:
             loading: deque = deque()
+            quick = False
             try:
                 while True:
-                    while len(loading) < ahead and (several := list(itertools.islice(ids, together))):
-                        loading.append(reading.submit(load, several))
-                    if not loading:
+                    while not quick and len(loading) < ahead and (one := next(ids, None)) is not None:
+                        loading.append(reading.submit(load, one))
+                    if loading:
+                        batch, quick = loading.popleft().result()
+                    elif (one := next(ids, None)) is not None:
+                        batch, quick = load(one)
+                    else:
                         return
-                    found = loading.popleft().result()
-                    while found:
-                        self.position += workers
-                        yield found.pop(0)
+                    self.position += workers
+                    yield batch
+                    del batch  # or its memory could not be used again
             finally:
                 reading.shutdown(wait=True, cancel_futures=True)
 

@@ -179,6 +179,7 @@ class ShardReader:
         self.place, self.array, self.rows, self.extents = place, array, rows, extents
         self._indices: dict[tuple[int, ...], _Index] = {}
         self._files: dict[str, BinaryIO] = {}
+        self._names: dict[tuple[int, tuple[int, ...]], str] = {}
         self._hot = hasattr(os, "RWF_NOWAIT")
 
     def __reduce__(self) -> tuple:
@@ -205,10 +206,10 @@ class ShardReader:
             index = self._indices.setdefault(cell, _Index(self.array))
         rows = self.rows[samples]
         shards = rows // self.array.shard[0]
-        unknown = np.unique(shards[~index.known[shards]])
-        if unknown.size:
+        if not index.known[shards].all():
+            unknown = np.unique(shards[~index.known[shards]])
             self._map(lambda shard: self._learn(index, int(shard), cell), unknown, unknown.size)
-        picked = rows[:, None], np.asarray(layers)[None, :]
+        picked = rows[:, None], np.asarray(layers)
         lengths = index.lengths[picked]
         if lengths.size and not lengths.min():
             lacking = int(samples[np.flatnonzero((lengths == 0).any(1))[0]])
@@ -366,8 +367,15 @@ class ShardReader:
                 f"{self.place}/{name}: a chunk of sample {sample} does not decode ({failure}); {_HINT}"
             ) from None
 
-    def open(self, name: str) -> int:
-        """Descriptor of a local shard, kept open; it stays valid while this reader lives and few others are opened."""
+    def name(self, shard: int, cell: tuple[int, ...]) -> str:
+        """``ArrayPlan.shard_file``, remembered: it is asked for with every batch."""
+        key = (shard, cell)
+        if key not in self._names:
+            self._names[key] = self.array.shard_file(shard, cell)
+        return self._names[key]
+
+    def open(self, name: str) -> BinaryIO:
+        """A local shard, kept open; whoever has it may read from it when it is no longer kept."""
         file = self._files.get(name)
         if file is None:
             try:
@@ -418,20 +426,26 @@ class _Jobs:
     def __post_init__(self) -> None:
         array = self.reader.array
         self.wanted = (self.rows * array.row_bytes).tolist()
-        self.skip = [0] * len(self.wanted) if self.first is None else (self.first * array.row_bytes).tolist()
-        shards = (self.reader.rows[self.samples] // array.shard[0]).tolist()
-        names = {shard: array.shard_file(shard, self.cell) for shard in set(shards)}
-        self.names = [names[shard] for shard in shards]
+        self.shards = (self.reader.rows[self.samples] // array.shard[0]).tolist()
+        self.names = {shard: self.reader.name(shard, self.cell) for shard in set(self.shards)}
         self.base = self.base.tolist()
         if array.codec == "none":
-            short = self.lengths.min(axis=1, initial=2**62) < np.asarray(self.skip) + self.wanted
-            if short.any():
-                i = int(np.flatnonzero(short)[0])
+            last = self.rows * array.row_bytes
+            starts = self.offsets
+            if self.first is not None:
+                last = last + self.first * array.row_bytes
+                starts = starts + self.first[:, None] * array.row_bytes
+            if (self.lengths.min(axis=1, initial=2**62) < last).any():
+                i = int(np.flatnonzero(self.lengths.min(axis=1) < last)[0])
                 raise DamagedShard(
-                    f"{self.reader.place}/{self.names[i]}: sample {self.samples[i]} has fewer tokens in it than were "
+                    f"{self.reader.place}/{self.name(i)}: sample {self.samples[i]} has fewer tokens in it than were "
                     f"planned; {_HINT}"
                 )
-            self.starts = (self.offsets + np.asarray(self.skip)[:, None]).tolist()
+            self.starts = starts.tolist()
+
+    def name(self, i: int) -> str:
+        """Path of a run's shard."""
+        return self.names[self.shards[i]]
 
     def _target(self, i: int, j: int) -> memoryview:
         begin = self.base[i] + j * self.stride
@@ -439,18 +453,38 @@ class _Jobs:
 
     def copy_hot(self, order: list[int]) -> list[int]:
         """Copy the runs of uncompressed rows that the page cache has; those that it has not, or not whole."""
-        if self.offsets.shape[1] > 1:
-            return [i for i in order if not self.copy(i, os.RWF_NOWAIT)]
-        # Of one layer there are many and small ones: this loop is as bare as it can be.
-        files = {name: self.reader.open(name) for name in set(self.names)}
-        descriptors = {name: file.fileno() for name, file in files.items()}
-        out, base, wanted, starts, names = self.out, self.base, self.wanted, self.starts, self.names
-        cold, preadv, flags = [], os.preadv, os.RWF_NOWAIT
+        layers, flags, stride = self.offsets.shape[1], os.RWF_NOWAIT, max(1, self.stride)
+        out, base, wanted, shards = self.out, self.base, self.wanted, self.shards
+        files = {shard: self.reader.open(name) for shard, name in self.names.items()}
+        descriptors = {shard: file.fileno() for shard, file in files.items()}
+        starts, cold, preadv = [row[0] for row in self.starts], [], os.preadv
+        sizes, gaps, regular = wanted, [], []
+        if layers > 1:
+            # Layers that follow each other, each with the same padding behind its rows: all but a few strange ones.
+            ends = self.offsets[:, :-1] + self.lengths[:, :-1]
+            padding = self.lengths[:, 0] - np.asarray(wanted)
+            alike = (ends == self.offsets[:, 1:]).all(axis=1) & (self.lengths == self.lengths[:, :1]).all(axis=1)
+            regular, gaps = (alike & (padding <= GAP_BYTES)).tolist(), padding.tolist()
+            sizes = (self.lengths[:, 0] * layers - padding).tolist()
+        # There are many and small ones: this loop is as bare as it can be.
         try:
             for i in order:
-                begin, size = base[i], wanted[i]
+                size, begin = wanted[i], base[i]
+                if not size:
+                    continue
+                if layers == 1:
+                    pieces = [out[begin : begin + size]]
+                elif not regular[i]:
+                    cold.append(i)
+                    continue
+                else:
+                    pieces = [out[place : place + size] for place in range(begin, begin + layers * stride, stride)]
+                    if gaps[i]:
+                        spread = [_JUNK[: gaps[i]]] * (2 * layers - 1)
+                        spread[::2] = pieces
+                        pieces = spread
                 try:
-                    if size and preadv(descriptors[names[i]], [out[begin : begin + size]], starts[i][0], flags) != size:
+                    if preadv(descriptors[shards[i]], pieces, starts[i], flags) != sizes[i]:
                         cold.append(i)
                 except BlockingIOError:
                     cold.append(i)
@@ -461,63 +495,46 @@ class _Jobs:
             return order
         return cold
 
-    def copy(self, i: int, flags: int = 0) -> bool:
+    def copy(self, i: int) -> None:
         """Scatter a run of uncompressed rows: layers that nearly follow each other on disk by one system call."""
         wanted, starts = self.wanted[i], self.starts[i]
         if not wanted:
-            return True
-        file = self.reader.open(self.names[i])
-        if len(starts) == 1:
-            return self._fill(file, [self._target(i, 0)], starts[0], wanted, flags)
-        pieces, begin, end = [], starts[0], starts[0]
+            return
+        file = self.reader.open(self.name(i))
+        pieces: list[memoryview] = []
+        begin = end = starts[0]
         for j, start in enumerate(starts):
             gap = start - end
             if not 0 <= gap <= GAP_BYTES or len(pieces) > MAX_PIECES:
-                if not self._fill(file, pieces, begin, end - begin, flags):
-                    return False
+                self._fill(file, pieces, begin)
                 pieces, begin, gap = [], start, 0
             if gap:
                 pieces.append(_JUNK[:gap])
             pieces.append(self._target(i, j))
             end = start + wanted
-        return self._fill(file, pieces, begin, end - begin, flags)
+        self._fill(file, pieces, begin)
 
-    def _fill(self, file: BinaryIO, pieces: list[memoryview], offset: int, size: int, flags: int) -> bool:
-        try:
-            read = os.preadv(file.fileno(), pieces, offset, flags)
-        except OSError as failure:
-            if flags and failure.errno == errno.EAGAIN:
-                return False
-            if flags and failure.errno in (errno.EOPNOTSUPP, errno.EINVAL):
-                self.reader._hot = False  # this file system cannot tell
-                return False
-            raise
-        if read == size:
-            return True
-        if flags:
-            return False
-        while read < size:  # signals and some network file systems cut long reads
-            rest, skip = [], read
-            for piece in pieces:
-                if skip < len(piece):
-                    rest.append(piece[skip:])
-                skip = max(0, skip - len(piece))
-            if not (more := os.preadv(file.fileno(), rest, offset + read)):
-                raise DamagedShard(f"{file.name} ends before byte {offset + size}; {_HINT}")
-            read += more
-        return True
+    def _fill(self, file: BinaryIO, pieces: list[memoryview], offset: int) -> None:
+        while pieces:
+            read = os.preadv(file.fileno(), pieces, offset)
+            if not read:
+                raise DamagedShard(f"{file.name} ends before byte {offset + sum(map(len, pieces))}; {_HINT}")
+            offset += read
+            # Signals and some network file systems cut long reads.
+            while pieces and read >= len(pieces[0]):
+                read -= len(pieces.pop(0))
+            if pieces:
+                pieces[0] = pieces[0][read:]
 
     def fetch(self, i: int) -> None:
         """Uncompressed rows from an object store."""
         wanted, starts = self.wanted[i], self.starts[i]
         if not wanted:
             return
-        found = self.reader.place.read_ranges(self.names[i], starts, [wanted] * len(starts))
+        found = self.reader.place.read_ranges(self.name(i), starts, [wanted] * len(starts))
         for j, data in enumerate(found):
             if len(data) != wanted:
-                raise DamagedShard(
-                    f"{self.reader.place}/{self.names[i]} ends before byte {starts[j] + wanted}; {_HINT}"
-                )
+                raise DamagedShard(f"{self.reader.place}/{self.name(i)} ends before byte {starts[j] + wanted}; {_HINT}")
             self._target(i, j)[:] = data
 
     def decode(self, i: int) -> None:
@@ -527,10 +544,10 @@ class _Jobs:
         reader, local = self.reader, isinstance(self.reader.place, LocalPlace)
         offsets, lengths = self.offsets[i].tolist(), self.lengths[i].tolist()
         if not local:
-            for j, data in enumerate(reader.place.read_ranges(self.names[i], offsets, lengths)):
+            for j, data in enumerate(reader.place.read_ranges(self.name(i), offsets, lengths)):
                 self._decode(i, j, data)
             return
-        file = reader.open(self.names[i])
+        file = reader.open(self.name(i))
         j = 0
         while j < len(offsets):
             begin, last = offsets[j], j
@@ -542,7 +559,7 @@ class _Jobs:
                 last += 1
             size = offsets[last] + lengths[last] - begin
             encoded = scratch(size)
-            self._fill(file, [encoded], begin, size, 0)
+            self._fill(file, [encoded], begin)
             for k in range(j, last + 1):
                 self._decode(i, k, encoded[offsets[k] - begin : offsets[k] - begin + lengths[k]])
             j = last + 1
