@@ -178,6 +178,9 @@ class Plan:
         if self.samples["sample_id"].is_duplicated().any():
             twice = self.samples["sample_id"].filter(self.samples["sample_id"].is_duplicated())[0]
             raise Refusal(f"sample_id {twice!r} comes twice: ids name samples, make them unique")
+        if self.samples["sample_id"].dtype != pl.String or not self.samples["sample_id"].str.len_bytes().min():
+            # The empty string is the label of rows that no sample has.
+            raise Refusal("sample_id holds something that is no string, or an empty one: give every sample a name")
         for name in counts:
             least = self.samples[name].min() if not self.samples[name].null_count() else None
             if least is None or least < 1:
@@ -201,8 +204,11 @@ class Plan:
                 f"attention {self.attention} at {self.attention_layers}: name both rows of {ATTENTION} and layers"
             )
         for name in ("layers", "attention_layers"):
-            if len(set(getattr(self, name))) != len(getattr(self, name)) or not (self.layers or self.attention_layers):
-                raise Refusal(f"{name} {getattr(self, name)} must name at least one layer, each once")
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise Refusal(f"{name} {getattr(self, name)} must name each layer once")
+        # A part that was added keeps its number when all of its arrays are dropped.
+        if not (self.layers or self.attention_layers or self.part):
+            raise Refusal("neither layers nor attention_layers name a layer: a store needs at least one")
         if self.samples_per_block < 1:
             raise Refusal(f"samples_per_block {self.samples_per_block} must be at least 1")
         if sum(self.generations or (self.n_samples,)) != self.n_samples:
