@@ -247,7 +247,7 @@ class ObjectPlace(Place):
     def scan_parquet(self, names: Sequence[str]) -> pl.LazyFrame:
         # polars has the same client, which reads the same environment; its own search for keys reads more.
         urls = [f"{self}/{within(self, name)}" for name in names]
-        return pl.scan_parquet(urls, glob=False, credential_provider=None)
+        return pl.scan_parquet(urls, glob=False, credential_provider=None, missing_columns="insert")
 
     def free(self) -> None:
         return None

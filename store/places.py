@@ -220,7 +220,10 @@ class Place(ABC):
 
     @abstractmethod
     def remove_partial(self) -> None:
-        """Remove what this worker left half written. Call it where no one else can be this worker."""
+        """Remove what this worker left half written, and on a disk what others did who were killed.
+
+        Call it where no one else can be this worker.
+        """
 
     @abstractmethod
     def log(self, name: str) -> "Log":
@@ -424,6 +427,11 @@ class LocalPlace(Place):
 
     def remove_partial(self) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
+        for path in self._file(f"{PARTIAL}/files").glob("*/*"):
+            with contextlib.suppress(FileNotFoundError):  # its folder went meanwhile
+                if file := _lock(path):
+                    path.unlink(missing_ok=True)
+                    file.close()
 
     def log(self, name: str) -> Log:
         return _LocalLog(self, name)
@@ -441,7 +449,7 @@ class LocalPlace(Place):
 
     def scan_parquet(self, names: Sequence[str]) -> pl.LazyFrame:
         # A folder's name may have brackets or stars in it.
-        return pl.scan_parquet([self._file(name) for name in names], glob=False)
+        return pl.scan_parquet([self._file(name) for name in names], glob=False, missing_columns="insert")
 
     def free(self) -> int:
         folder = self.path
@@ -455,10 +463,14 @@ class _LocalFile(WholeFile):
 
     def __init__(self, target: Path, partial: Path):
         super().__init__()
-        self._target, self._temporary = target, partial / uuid.uuid4().hex
+        self._target = target
         try:
             _make_folder(partial)
-            self._file = self._temporary.open("xb", buffering=0)
+            # Locked while it is being written: what is not was left by a killed process. Who finds out has it for a
+            # moment.
+            while (file := _lock(temporary := partial / uuid.uuid4().hex)) is None:
+                pass
+            self._file, self._temporary = file, temporary
         except OSError as failure:
             raise as_refusal(failure, target) from failure
 
@@ -470,6 +482,7 @@ class _LocalFile(WholeFile):
         with self._discarding():
             self._finish()
             self._temporary.rename(self._target)
+            self._file.close()
             _sync_folder(self._target.parent)
 
     def commit_new(self) -> bool:
@@ -485,7 +498,6 @@ class _LocalFile(WholeFile):
 
     def _finish(self) -> None:
         os.fsync(self._file.fileno())
-        self._file.close()
         _make_folder(self._target.parent)
 
     @contextlib.contextmanager
@@ -556,7 +568,7 @@ class _LocalClaim(Claim):
 def _lock(path: Path) -> io.FileIO | None:
     """``path``, made if need be, open and locked until closed or the process ends; None if another has it."""
     while True:
-        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o644), "r+b", buffering=0)
+        file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b", buffering=0)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.path.samestat(os.fstat(file.fileno()), path.stat()):
