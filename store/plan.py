@@ -178,7 +178,7 @@ class Plan:
         if self.samples["sample_id"].is_duplicated().any():
             twice = self.samples["sample_id"].filter(self.samples["sample_id"].is_duplicated())[0]
             raise Refusal(f"sample_id {twice!r} comes twice: ids name samples, make them unique")
-        if self.samples["sample_id"].dtype != pl.String or not self.samples["sample_id"].str.len_bytes().min():
+        if self.samples["sample_id"].dtype != pl.String or (self.samples["sample_id"].fill_null("") == "").any():
             # The empty string is the label of rows that no sample has.
             raise Refusal("sample_id holds something that is no string, or an empty one: give every sample a name")
         for name in counts:
