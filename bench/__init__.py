@@ -9,7 +9,8 @@ to ``history/<date>-<machine>.json``; a rerun on the same day is one more entry 
 ``pocket``      the pocket model over drawn scenes, which most rows are about
 ``capture``     one pass that keeps states and attention rows / the decoder alone
 ``extraction``  the loop of ``python -m extract`` / the model's forward, and where the rest goes
-``storing``     size, writing, shuffled batches, verification / plain files and a memory map
+``storing``     codecs, size, writing, shuffled and cold batches, verification, opening / plain files and memory maps
+``rivals``      other formats, pipelines and codecs that ``storing`` is measured beside
 ``proxies``     the stacked proxies / one after the other
 ``machine``     what the run was on, and whether it had it for itself
 ``report``      the table and the history

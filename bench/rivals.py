@@ -127,8 +127,8 @@ class Values:
 
     def head(self, n: int) -> "Values":
         """The first samples alone, which lie at the start of the same files."""
-        grown = {"generations": (), "extents": {}} if hasattr(self.plan, "generations") else {}
-        head = Values(replace(self.plan, samples=self.plan.samples.head(n), **grown), self.folder, self.tables[:n])
+        plan = replace(self.plan, samples=self.plan.samples.head(n), generations=(), extents={})
+        head = Values(plan, self.folder, self.tables[:n])
         # The longest of all, so that the strides stay those of the files.
         head.longest = self.longest
         return head

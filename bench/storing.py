@@ -39,17 +39,15 @@ from bench.measure import (
 )
 from bench.rivals import CODECS, HDF5, KEEPERS, MAPS, READERS, Ask, PaddedMap, Rival, Unavailable, Values
 from store import bits
-from store import plan as store_plan
+from store.codecs import CODECS as STORED
+from store.codecs import LOSSY
+from store.codecs import codec as codec_of
 from store.commits import FOLDER, Commit
 from store.layout import table_file
 from store.synthetic import synthetic_plan
 
-STORE_CODECS = tuple(
-    codec for codec in ("none", "zstd", "planes") if codec in getattr(store_plan, "CODECS", ("none", "zstd"))
-)
+STORE_CODECS = tuple(name for name in STORED if name not in LOSSY)
 """Lossless codecs of a store: what is read, written and verified."""
-
-LOSSY = ("int8", "fp8")
 
 WARM_GOAL = {"none": 0.9, "zstd": 0.5, "planes": 0.5}
 """Shuffled batches over a warm memory map."""
@@ -136,9 +134,9 @@ def _say(ask: Ask, sizes: Sizes) -> str:
     return f"{tokens} of {sizes.gathered} samples, {len(ask.layers)} layer{'s' if len(ask.layers) > 1 else ''}"
 
 
-def _plan(values: Values, codec: str) -> store.Plan:
+def _plan(values: Values, name: str) -> store.Plan:
     """With the codec for both kinds: text is raw by default, and a compressed store is to be all compressed."""
-    return replace(values.plan, codec=codec, **({"text_codec": codec} if hasattr(values.plan, "text_codec") else {}))
+    return replace(values.plan, codec=name, text_codec=name)
 
 
 def _fill(path: Path, given: Iterator[Mapping[str, Any]]) -> None:
@@ -158,8 +156,7 @@ class _Ours:
     size = staticmethod(len)
 
     def __init__(self, name: str, width: int):
-        codec = rivals.need("store.codecs").codec
-        self.codec = codec(name, "uint16", width, "bfloat16")
+        self.codec = codec_of(name, np.dtype(np.uint16), width, "bfloat16")
 
     def encode(self, rows_tw: np.ndarray) -> bytes:
         return self.codec.encode(rows_tw)
