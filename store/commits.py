@@ -86,4 +86,5 @@ def pending(path: str | os.PathLike | Place, part: int = 0) -> list[int]:
     place = locate(path)
     plan = load_parts(place)[part]
     committed = read(place).of_part(part)
-    return [b for b in range(plan.n_blocks) if b not in committed]
+    # Of layers that were dropped nothing is left to do.
+    return [b for b in range(plan.n_blocks) if b not in committed] if plan.arrays else []

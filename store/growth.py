@@ -5,6 +5,7 @@ Adding samples and layers is ``store.grow``, in ``layout``, since it is planning
 
 import contextlib
 import dataclasses
+import itertools
 import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,17 +26,19 @@ from store.batches import Choice
 from store.errors import Refusal
 from store.layout import (
     DERIVED_RECORDS,
+    METADATA,
     Derived,
     create,
     create_derived,
     lay_out,
     load_parts,
+    metadata,
     read_derived,
     read_set_aside,
     replace_parts,
 )
 from store.places import Place, locate
-from store.plan import Plan
+from store.plan import ATTENTION, Plan, canonical_json, depth
 from store.reader import Store
 from store.writer import Writer
 
@@ -106,8 +109,10 @@ class Deriving:
         self.place = locate(path).of(f"derive-{name}")
         self.parts = load_parts(self.place)
         plan = self.parts[0]
-        if not name.replace("-", "").replace("_", "").replace(".", "").isalnum() or name.startswith("."):
-            raise Refusal(f"{name!r} is no name for a derived array: use letters, digits and - _ .")
+        for given in (name, *dims):
+            if not given.replace("-", "").replace("_", "").replace(".", "").isalnum() or given.startswith("."):
+                raise Refusal(f"{given!r} is no name for a derived array or its axes: use letters, digits and - _ .")
+        canonical_json(dict(attributes))  # what is no JSON is said now, not when all is written
         if dtype not in ("float16", "float32", "float64"):
             raise Refusal(
                 f"dtype {dtype!r} of {name}: choose float16, float32 or float64, which have a NaN for what is missing"
@@ -117,7 +122,12 @@ class Deriving:
         if "sample" in dims[1:] or (dims[0] == "sample" and shape[0] != plan.n_samples):
             raise Refusal(f"{name}: the axis sample comes first and is {plan.n_samples} long in {self.place}")
         sizes = {"sample": plan.n_rows}
-        for other in read_derived(self.place):
+        others = list(read_derived(self.place))
+        # Arrays and the coordinates of their axes lie in one folder.
+        axes = {"sample", *dims, *(dim for other in others for dim in other.dims)}
+        if clash := ({name, *(other.name for other in others)} & axes) | ({name} & {"zarr.json"}):
+            raise Refusal(f"{clash.pop()!r} would be the name of a derived array and of something else: choose another")
+        for other in others:
             if other.name == name:
                 raise Refusal(f"derived/{name} is in {self.place} already: drop it first, or choose another name")
             sizes |= dict(zip(other.dims[1:], other.shape[1:], strict=True))
@@ -130,6 +140,10 @@ class Deriving:
         for dim, labels in coordinates.items():
             if dim not in dims or len(labels) != shape[list(dims).index(dim)]:
                 raise Refusal(f"the coordinate {dim} of {name} has {len(labels)} labels: dims {dims}, shape {shape}")
+            known = [plan.samples["sample_id"].to_list()] if dim == "sample" else []
+            known += [other.coordinates[dim] for other in others if dim in other.coordinates]
+            if any(list(map(str, labels)) != list(there) for there in known):
+                raise Refusal(f"the axis {dim} of {name} has other labels than in {self.place}: rename it")
         by_sample = dims[0] == "sample"
         shape = (plan.n_rows if by_sample else shape[0], *shape[1:])
         chunks, shards = tuple(shape), None
@@ -139,7 +153,8 @@ class Deriving:
             chunks = (together, *shape[1:])
             fitting = max(1, SHARD_BYTES // (sample_bytes * together))
             shards = (min(fitting, -(-shape[0] // together)) * together, *shape[1:])
-        labels = {dim: [str(label) for label in labels] for dim, labels in coordinates.items()}
+        # Samples are labelled by the store, for it may grow.
+        labels = {dim: [str(label) for label in labels] for dim, labels in coordinates.items() if dim != "sample"}
         self.derived = Derived(
             name, tuple(dims), shape, chunks, shards, dtype, dict(attributes), labels, plan.n_samples, {}
         )
@@ -202,8 +217,11 @@ class Deriving:
         if kind is None and self._written == self.derived.samples:
             self._finish()
             done = dataclasses.replace(self.derived, files=dict(sorted(self._files.items())))
+            parts, document = load_parts(self.place), f"{done.path}/{METADATA}"
+            # By these two files it can be read, and a kill may come before the rest.
+            self.place.write_whole(document, [metadata(parts, [done])[document]])
             self.place.write_whole(done.record_file, [done.record()])
-            lay_out(self.place, load_parts(self.place))
+            lay_out(self.place, parts)
             return
         for name in self._files:
             self.place.remove(name)
@@ -238,9 +256,7 @@ def drop(path: str | os.PathLike | Place, name: str) -> None:
         if kind == "derived":
             if variable not in [one.name for one in read_derived(place)]:
                 raise Refusal(f"{name} is not in {place}: it has {', '.join(_names(place, parts))}")
-            place.remove(f"{DERIVED_RECORDS}/{variable}.json")
-            lay_out(place, parts)
-            place.remove_tree(name)
+            remove_derived(place, parts, variable)
             return
         gone = [found for part in parts for found in part.arrays if found == f"{part.group(kind)}/{variable}"]
         left = [found for part in parts for found in part.arrays if found not in gone]
@@ -253,6 +269,20 @@ def drop(path: str | os.PathLike | Place, name: str) -> None:
             place.remove_tree(found)
             if not any(other.split("/")[0] == found.split("/")[0] for other in left):
                 place.remove_tree(found.split("/")[0])
+
+
+def remove_derived(place: Place, parts: Sequence[Plan], name: str) -> None:
+    """Take a derived array out, and the coordinates that no other one has."""
+    axes = {dim for one in read_derived(place) if one.name == name for dim in one.dims}
+    place.remove(f"{DERIVED_RECORDS}/{name}.json")
+    lay_out(place, parts)
+    left = {dim for one in read_derived(place) for dim in one.dims}
+    for member in (name, *(axes - left)):
+        place.remove_tree(f"derived/{member}")
+    if not left:
+        place.remove(f"derived/{METADATA}")
+        if not place.names("derived"):
+            place.remove_tree("derived")
 
 
 def _names(place: Place, parts: Sequence[Plan]) -> list[str]:
@@ -312,13 +342,25 @@ def copy(
     store = Store(source)
     plan = store.plan
     kinds = tuple(kinds if kinds is not None else plan.kinds)
+    held = sorted({name for part in store.parts for name in part.attention_layers}, key=depth)
+    if attention is None:
+        attention = [rows for rows in ATTENTION if any(rows in part.attention for part in store.parts)]
+    attention = tuple(attention)
+    attention_layers = tuple(name for name in (held if layers is None else layers) if name in held) if attention else ()
+    for rows, layer in itertools.product(attention, attention_layers):
+        if not any(rows in part.attention and layer in part.attention_layers for part in store.parts):
+            raise Refusal(f"{store.place} keeps no rows {rows} of layer {layer!r}: choose other layers or rows")
+    heads = next((part.attention_heads for part in store.parts if part.attention), None)
     choices = {}
     if layers := tuple(layers if layers is not None else store.layers):
         choices = {kind: Choice(store, layers, kind, layout="ragged", samples=samples) for kind in kinds}
-    chosen = next(iter(choices.values())).samples if choices else np.flatnonzero(store.valid)
-    attention = tuple(attention if attention is not None else plan.attention)
-    held = [name for part in store.parts for name in part.attention_layers]
-    attention_layers = tuple(name for name in layers if name in held) if attention else ()
+    # Tokens and results are those of part 0.
+    needed = {0}.union(*(choice.parts for choice in choices.values()))
+    needed |= {part.part for part in store.parts if attention and set(part.attention_layers) & set(attention_layers)}
+    valid = np.logical_and.reduce([store.valid_in(number) for number in needed])
+    chosen = np.flatnonzero(valid) if samples is None else np.asarray(samples, np.int64)
+    if lacking := [n for n in chosen.tolist() if not 0 <= n < plan.n_samples or not valid[n]]:
+        raise Refusal(f"sample {lacking[0]} of {store.place} has not all that is to be copied: choose others")
     wanted = dataclasses.replace(
         plan,
         samples=plan.samples[chosen],
@@ -326,6 +368,7 @@ def copy(
         kinds=kinds,
         attention=attention if attention_layers else (),
         attention_layers=attention_layers,
+        attention_heads=heads,
         codec=codec or plan.codec,
         text_codec=text_codec or plan.text_codec,
         generations=(),
@@ -364,7 +407,7 @@ def _bits(choice: Choice, sample: int) -> np.ndarray:
 def _rows(store: Store, rows: str, layers: Sequence[str], sample: int) -> np.ndarray:
     found = []
     for layer in layers:
-        part = next(part for part in store.parts if layer in part.attention_layers)
+        part = next(part for part in store.parts if rows in part.attention and layer in part.attention_layers)
         name = f"{part.group('attention')}/{rows}"
         out = np.empty((1, 1, *part.extent(name, sample)), np.float16)
         store.reader(name).read_into(out, [sample], [part.attention_layers.index(layer)])

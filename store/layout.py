@@ -190,6 +190,12 @@ def grow(
         return load_parts(place)
     parts = load_parts(place, laid_out=False)
     _refuse_differing(place, _shared(parts[0]), _shared(plan))
+    for part in parts if plan.attention else ():
+        if part.attention and part.attention_heads != plan.attention_heads:
+            raise Refusal(f"{place} keeps attention of {_heads(part)}: add layers with the same, not {_heads(plan)}")
+        both = [name for name in plan.attention_layers if name in part.attention_layers]
+        if both and (lacking := [rows for rows in plan.attention if rows not in part.attention]):
+            raise Refusal(f"{place} keeps no rows {lacking[0]} of layer {both[0]}, and rows cannot be added to a layer")
     known = parts[0].samples
     fresh = plan.samples.filter(~pl.col("sample_id").is_in(known["sample_id"].implode()))
     samples, counts = known, parts[0].generations or (known.height,)
@@ -234,12 +240,12 @@ def replace_parts(place: Place, parts: Sequence[Plan], set_aside: pl.DataFrame) 
 
 
 def ensure_layout(place: Place, parts: Sequence[Plan]) -> None:
-    """Write the Zarr metadata if it is not there or not of this plan, as a kill in time can leave it."""
-    try:
-        attributes = json.loads(place.read(METADATA))["attributes"]
-    except (FileNotFoundError, ValueError, KeyError):
-        attributes = {}
-    if format_version(place) == FORMAT_VERSION and attributes.get("plan_hash") != hash_parts(parts):
+    """Write the Zarr metadata if they are not there or not of what the record has, as a kill in time can leave them."""
+    if format_version(place) < FORMAT_VERSION:
+        return
+    # The root is written last and has a copy of all.
+    expected = {METADATA: metadata(parts, list(read_derived(place)))[METADATA], twin(PLAN_FILE): place.read(PLAN_FILE)}
+    if any(place.size(name) != len(data) or place.read(name) != data for name, data in expected.items()):
         lay_out(place, parts)
 
 
@@ -414,6 +420,10 @@ def _write_tables(place: Place, parts: Sequence[Plan], set_aside: pl.DataFrame) 
             if place.size(name) != len(buffer.getvalue()):
                 place.write_whole(name, [buffer.getvalue()])
     return seal({**stored, "parts": [part.describe() for part in parts]})
+
+
+def _heads(plan: Plan) -> str:
+    return "the mean of heads" if plan.attention_heads is None else f"{plan.attention_heads} heads"
 
 
 def _flat(tree: Any, prefix: str) -> dict[str, Any]:

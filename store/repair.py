@@ -7,7 +7,8 @@ import os
 from store import commits
 from store.commits import Commit
 from store.errors import Refusal
-from store.layout import DERIVED_RECORDS, FORMAT_1, PLAN_FILE, lay_out, load_parts, read_plan, twin
+from store.growth import remove_derived
+from store.layout import FORMAT_1, PLAN_FILE, lay_out, load_parts, read_plan, twin
 from store.places import Place, locate
 from store.sealing import Unsealed, unseal
 from store.verification import Report, verify
@@ -46,9 +47,7 @@ def repair(path: str | os.PathLike | Place) -> Report:
             lines = [commit for line in log.read().splitlines() if (commit := Commit.parse(line))]
             log.replace([commit.line() for commit in lines if (commit.part, commit.block) in whole])
         for name in report.damaged_derived:
-            place.remove(f"{DERIVED_RECORDS}/{name}.json")
-            lay_out(place, parts)
-            place.remove_tree(f"derived/{name}")
+            remove_derived(place, parts, name)
     return verify(place)
 
 

@@ -87,7 +87,7 @@ def verify(path: str | os.PathLike | Place) -> Report:
     content = hashlib.sha256(canonical_json([plan.width, plan.dtype]).encode())
     damaged, digests = [], {}
     for part in store.parts:
-        missing = [b for b in range(part.n_blocks) if b not in store.commits[part.part]]
+        missing = [b for b in range(part.n_blocks) if part.arrays and b not in store.commits[part.part]]
         if missing:
             shown = ", ".join(map(str, missing[:20])) + (" …" if len(missing) > 20 else "")
             named = f"{part.n_blocks} blocks" + (f" of the added layers {', '.join(part.layers)}" if part.part else "")
