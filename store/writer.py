@@ -23,7 +23,7 @@ from store.layout import ensure_layout, load_parts, table_file
 from store.places import Place, locate
 from store.plan import ArrayPlan, Plan
 from store.shards import EncodedUnit, ShardFile, codec_of, encode_unit
-from store.tokens import check, conform
+from store.tokens import TOKEN_SCHEMA, check, conform
 
 MEMORY = 512 * 2**20
 """Bytes of states that may wait to be written."""
@@ -99,6 +99,7 @@ class Writer:
         self.codecs = {name: codec_of(array) for name, array in self.plan.arrays.items()}
         self._claims: dict[int, Any] = {}
         self._begun: set[int] = set()
+        self._further: dict[str, dict[str, pl.DataType]] = {}
         self._failure: BaseException | None = None
         self._memory, self._waiting, self._room = memory, 0, threading.Condition()
         self._encoding = ThreadPoolExecutor(threads, "encode")
@@ -296,6 +297,12 @@ class Block:
             if tokens is None:
                 raise ValueError(f"sample {sample} has no token table")
             check(tokens, sample, *(int(self.plan.samples[column][sample]) for column in ("n_image", "n_text")))
+            further = {name: dtype for name, dtype in tokens.schema.items() if name not in TOKEN_SCHEMA}
+            if further != self.writer._further.setdefault("tokens", further):
+                raise ValueError(
+                    f"the token table of sample {sample} has the further columns {further}, and those before it had "
+                    f"{self.writer._further['tokens']}: all are read as one table"
+                )
             self._tokens[sample] = tokens
         elif tokens is not None or values:
             raise ValueError(f"sample {sample}: added layers have the tokens and results of part 0, give none")
@@ -315,7 +322,8 @@ class Block:
     def set_aside(self, sample: int, reason: str) -> None:
         """Say that a sample cannot be had and why: it reads as NaN, and ``valid`` is False."""
         self._claim(sample)
-        self._set_aside[sample] = reason
+        # What a library says of a broken name may be no Unicode, and could not be kept.
+        self._set_aside[sample] = reason.encode(errors="replace").decode()
         self.writer._behind(self.writer._writing, self._write, sample, {}, 0)
 
     def _claim(self, sample: int) -> None:
