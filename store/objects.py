@@ -294,9 +294,10 @@ class _ObjectFile(WholeFile):
                 place._store, name, attributes=self._mark, buffer_size=PIECE, max_concurrency=UPLOADS
             )
 
-    def _write(self, view: memoryview) -> None:
+    def _write(self, views: list[memoryview]) -> None:
         with self._place._refusing(self._name):
-            self._file.write(view)
+            for view in views:
+                self._file.write(view)
 
     def _commit(self) -> None:
         with self._place._refusing(self._name):

@@ -45,6 +45,9 @@ PARTIAL = f"{RECORD}/partial"
 CONNECTIONS = 8
 """Requests at a time where many files are read."""
 
+MOST_PIECES = 1024
+"""Pieces of memory that the system writes at a time."""
+
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
@@ -269,12 +272,11 @@ class WholeFile(ABC):
     def __init__(self) -> None:
         self._size, self._checksum = 0, 0
 
-    def write(self, piece: Buffer) -> None:
+    def write(self, *pieces: Buffer) -> None:
         """Append; takes memory for a few pieces of an upload at most."""
-        view = memoryview(piece)
-        if view.nbytes:
-            view = view.cast("B")
-            self._write(view)
+        views = [view.cast("B") for piece in pieces if (view := memoryview(piece)).nbytes]
+        self._write(views)
+        for view in views:
             self._size, self._checksum = self._size + len(view), crc32c_of(view, self._checksum)
 
     def commit(self) -> tuple[int, str]:
@@ -287,7 +289,7 @@ class WholeFile(ABC):
         """Leave nothing of it, unless it is committed."""
 
     @abstractmethod
-    def _write(self, view: memoryview) -> None: ...
+    def _write(self, views: list[memoryview]) -> None: ...
 
     @abstractmethod
     def _commit(self) -> None: ...
@@ -474,9 +476,14 @@ class _LocalFile(WholeFile):
         except OSError as failure:
             raise as_refusal(failure, target) from failure
 
-    def _write(self, view: memoryview) -> None:
+    def _write(self, views: list[memoryview]) -> None:
         with self._discarding():
-            _write_all(self._file.fileno(), view)
+            for start in range(0, len(views), MOST_PIECES):
+                several = views[start : start + MOST_PIECES]
+                written = os.writev(self._file.fileno(), several)
+                for view in several:  # a nearly full disk takes a part and says so
+                    _write_all(self._file.fileno(), view[written:])
+                    written = max(0, written - len(view))
 
     def _commit(self) -> None:
         with self._discarding():

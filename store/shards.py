@@ -9,6 +9,7 @@ Shapes: ``s`` samples, ``l`` layers, ``r`` rows of a unit (tokens), ``...`` the 
 
 import errno
 import itertools
+import math
 import os
 import threading
 from collections.abc import Callable, Iterable, Sequence
@@ -70,25 +71,40 @@ class EncodedUnit:
 
 def encode_unit(array: ArrayPlan, chunk_codec: Codec, values_lr: np.ndarray) -> EncodedUnit:
     """Encode ``[l, r, …]`` in the array's dtype, ``r`` up to the unit's rows; other axes may be short as well."""
-    rows, row_shape = values_lr.shape[1], values_lr.shape[2:]
-    lengths = np.zeros((values_lr.shape[0], array.chunks_per_unit), np.uint64)
+    n_layers, rows = values_lr.shape[:2]
     filled = -(-rows // array.inner[2]) * array.inner[2]
-    whole = (filled, *array.unit[1:])
-    if (rows, *row_shape) != whole:
-        padded = np.empty((values_lr.shape[0], *whole), array.dtype)
-        if row_shape != array.unit[1:]:
-            padded[:] = array.fill
-        else:
-            padded[:, rows:] = array.fill
-        padded[(slice(None), slice(rows), *map(slice, row_shape))] = values_lr
-        values_lr = padded
-    values_lr = np.ascontiguousarray(values_lr)
+    lengths = np.zeros((n_layers, array.chunks_per_unit), np.uint64)
+    pieces: list[bytes | memoryview] = []
+    if array.codec == "none" and values_lr.shape[2:] == array.unit[1:]:
+        # Written from where they are: a copy of them costs about as much as writing does.
+        padding = np.full((filled - rows, *array.unit[1:]), array.fill, array.dtype).tobytes()
+        for values_r in values_lr:
+            pieces += [np.ascontiguousarray(values_r).reshape(-1).view(np.uint8).data, padding]
+    elif array.codec == "none":
+        pieces = [_padded(array, values_lr, filled, bytearray).data]
+    else:
+        pieces = [chunk_codec.encode(_padded(array, values_r[None], filled, scratch)[0]) for values_r in values_lr]
     if array.codec == "none":
         lengths[:, : filled // array.inner[2]] = array.chunk_bytes
-        return EncodedUnit([values_lr.reshape(-1).view(np.uint8).data], lengths)
-    encoded = [chunk_codec.encode(values_r) for values_r in values_lr]
-    lengths[:, 0] = [len(chunk) for chunk in encoded]
-    return EncodedUnit(encoded, lengths)
+    else:
+        lengths[:, 0] = [len(chunk) for chunk in pieces]
+    return EncodedUnit(pieces, lengths)
+
+
+def _padded(
+    array: ArrayPlan, values_lr: np.ndarray, filled: int, memory: Callable[[int], bytearray | memoryview]
+) -> np.ndarray:
+    """Values ``[l, r, …]`` with the fill value behind them up to ``filled`` rows and the unit's other extents."""
+    shape = (len(values_lr), filled, *array.unit[1:])
+    if values_lr.shape == shape and values_lr.flags.c_contiguous:
+        return values_lr
+    padded = np.frombuffer(memory(math.prod(shape) * np.dtype(array.dtype).itemsize), array.dtype).reshape(shape)
+    if values_lr.shape[2:] == shape[2:]:
+        padded[:, values_lr.shape[1] :] = array.fill
+    else:
+        padded[:] = array.fill
+    padded[tuple(map(slice, values_lr.shape))] = values_lr
+    return padded
 
 
 class ShardFile:
@@ -107,8 +123,7 @@ class ShardFile:
         self._offsets[place, :layers] = (np.cumsum(flat) - flat + np.uint64(self._end)).reshape(unit.lengths.shape)
         self._lengths[place, :layers] = unit.lengths
         self._end += int(flat.sum())
-        for piece in unit.pieces:
-            self.file.write(piece)
+        self.file.write(*unit.pieces)
 
     def commit(self) -> tuple[int, str]:
         """Write the index and give the file its name: its size and CRC-32C."""
