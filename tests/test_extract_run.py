@@ -295,3 +295,41 @@ def test_verify_prints_json(whole):
     assert report["problems"] == []
     assert len(report["content_hash"]) == 64
     assert (whole / "zarr.json").stat().st_size
+
+
+def test_growing_adds_the_layers_and_samples_that_a_store_lacks(config, whole, tmp_path):
+    path = tmp_path / "grown.zarr"
+    part = dataclasses.replace(config, store=path, layers="embed,1", attention="none")
+    assert extract(part) == 0
+    before = {p: p.read_bytes() for p in path.glob("hidden/*/c/**/*") if p.is_file() and p.parts[-2] != "c"}
+    assert before
+    assert extract(dataclasses.replace(config, store=path, grow=True)) == 0
+    report = store.verify(path)
+    assert report.ok and report.content_hash == store.verify(whole).content_hash
+    assert all(p.read_bytes() == data for p, data in before.items())
+
+    other = tmp_path / "more.zarr"
+    assert extract(dataclasses.replace(config, store=other, limit=30)) == 0
+    assert extract(dataclasses.replace(config, store=other, limit=45, grow=True)) == 0
+    opened = store.open(other)
+    assert store.verify(other).ok and opened.valid.sum() == opened.plan.n_samples == 45
+    assert opened.plan.generations == (30, 15)
+    ids = store.open(whole).samples["sample_id"].to_list()
+    (there,), (here,) = (
+        of.read([places.index(ids[40])], "final", "text")[0] for of, places in ((store.open(whole), ids), (opened, ids))
+    )
+    torch.testing.assert_close(here.float(), there.float(), rtol=0.02, atol=0.02)
+    with pytest.raises(Refusal, match=r"identity.positions"):
+        extract(dataclasses.replace(config, store=other, grow=True, positions="sequential"))
+
+
+def test_two_processes_fill_one_store_and_share_its_blocks(config, whole, tmp_path):
+    path = tmp_path / "shared.zarr"
+    commands = [command(config, path, "--worker", name, "--threads", "1") for name in "ab"]
+    workers = [subprocess.Popen(one, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for one in commands]
+    said = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    report = store.verify(path)
+    assert report.ok and report.samples == SAMPLES
+    lines = [len((path / f"record/commits/{name}.jsonl").read_bytes().splitlines()) for name in "ab"]
+    assert sum(lines) == 2
