@@ -297,7 +297,10 @@ def metadata(parts: Sequence[Plan], derived: Sequence["Derived"] = ()) -> dict[s
         # and whoever does not know it ignores it.
         warnings.simplefilter("ignore", zarr.errors.ZarrUserWarning)
         zarr.consolidate_metadata(memory)
-    return dict(sync(_documents(memory)))
+    found = dict(sync(_documents(memory)))
+    # zarr-python puts members in an order of the moment: of two who lay out at once, each must write the same bytes.
+    documents = {name: json.loads(data) for name, data in found.items() if name.endswith(METADATA)}
+    return found | {name: json.dumps(one, indent=2, sort_keys=True).encode() for name, one in documents.items()}
 
 
 def sample_labels(plan: Plan) -> list[str]:
