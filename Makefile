@@ -13,10 +13,10 @@ PROBES ?= runs/probes
 FIGURES ?= figures
 STORE_READ := $(or $(STORE),data/store.zarr)
 
-.PHONY: help setup test test-slow extract probe figures bench lint pocket clean
+.PHONY: help setup test test-slow extract verify repair inspect du probe figures bench lint pocket clean
 
 help: ## Show what can be made
-	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-10s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-26s %s\n", $$1, $$2}'
 
 setup: $(VENV)/.ready ## Make .venv with everything pinned (gets uv if it is missing)
 
@@ -33,6 +33,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(filter .uv/bin/uv,$(UV))
 
 extract: setup ## Pictures and instructions -> a verified store of hidden states (PRESET, DATA, STORE, ARGS)
 	$(RUN) -m extract --preset $(PRESET) $(if $(DATA),--data $(DATA)) $(if $(STORE),--store $(STORE)) $(ARGS)
+
+verify repair inspect du: setup ## Check, mend or look at the store (STORE, ARGS)
+	$(RUN) -m store $@ $(STORE_READ) $(ARGS)
 
 probe: setup ## Train the proxies of every layer, and their floors, from the store
 	$(RUN) -m probes train --store $(STORE_READ) --out $(PROBES) $(ARGS)

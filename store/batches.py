@@ -256,6 +256,8 @@ class Batches(torch.utils.data.IterableDataset):
     ):
         if batch_size < 1 or epochs < 1:
             raise Refusal(f"batch_size {batch_size} and epochs {epochs} must be at least 1")
+        if pin and not torch.cuda.is_available():
+            raise Refusal("pinned memory is CUDA's, and torch sees no CUDA device here: leave pin=None, it finds out")
         self.choice, self.batch_size, self.shuffle, self.seed = choice, batch_size, shuffle, seed
         self.epochs, self.drop_last, self.pin, self.memory = epochs, drop_last, pin, memory
         count = len(choice.samples)
