@@ -28,6 +28,7 @@ from store.layout import (
     DERIVED_RECORDS,
     METADATA,
     Derived,
+    alone,
     create,
     create_derived,
     lay_out,
@@ -35,10 +36,11 @@ from store.layout import (
     metadata,
     read_derived,
     read_set_aside,
+    remove_old_tables,
     replace_parts,
 )
 from store.places import Place, locate
-from store.plan import ATTENTION, Plan, canonical_json, depth
+from store.plan import ATTENTION, KINDS, Plan, canonical_json, depth, hash_parts
 from store.reader import Store
 from store.writer import Writer
 
@@ -217,11 +219,12 @@ class Deriving:
         if kind is None and self._written == self.derived.samples:
             self._finish()
             done = dataclasses.replace(self.derived, files=dict(sorted(self._files.items())))
-            parts, document = load_parts(self.place), f"{done.path}/{METADATA}"
-            # By these two files it can be read, and a kill may come before the rest.
-            self.place.write_whole(document, [metadata(parts, [done])[document]])
-            self.place.write_whole(done.record_file, [done.record()])
-            lay_out(self.place, parts)
+            with alone(self.place):
+                parts, document = load_parts(self.place), f"{done.path}/{METADATA}"
+                # By these two files it can be read, and a kill may come before the rest.
+                self.place.write_whole(document, [metadata(parts, [done])[document]])
+                self.place.write_whole(done.record_file, [done.record()])
+                lay_out(self.place, parts)
             return
         for name in self._files:
             self.place.remove(name)
@@ -232,7 +235,7 @@ class Deriving:
 
 
 def drop(path: str | os.PathLike | Place, name: str) -> None:
-    """Take an array out of a store and free its bytes.
+    """Take an array out of a store and free its bytes; killed, the same call goes on.
 
     Parameters
     ----------
@@ -248,41 +251,59 @@ def drop(path: str | os.PathLike | Place, name: str) -> None:
         When there is no such array, it is the last one, or a writer is at work.
     """
     place = locate(path)
-    parts = load_parts(place, laid_out=False)
     kind, _, variable = name.partition("/")
-    with contextlib.ExitStack() as stack:
+    with alone(place), contextlib.ExitStack() as stack:
+        parts = load_parts(place, laid_out=False)
         for worker in commits.workers(place):
             stack.callback(place.log(commits.log_file(worker)).close)
         if kind == "derived":
-            if variable not in [one.name for one in read_derived(place)]:
+            if variable not in [one.name for one in read_derived(place)] and not place.names(name):
                 raise Refusal(f"{name} is not in {place}: it has {', '.join(_names(place, parts))}")
             remove_derived(place, parts, variable)
             return
-        gone = [found for part in parts for found in part.arrays if found == f"{part.group(kind)}/{variable}"]
+        known = {"hidden": KINDS, "attention": ATTENTION}
+        gone = [f"{part.group(kind)}/{variable}" for part in parts if variable in known.get(kind, ())]
         left = [found for part in parts for found in part.arrays if found not in gone]
-        if not gone:
+        # Files of an array that is not planned any more are what a killed drop left.
+        if not any(found in part.arrays for part in parts for found in gone) and not any(map(place.names, gone)):
             raise Refusal(f"{name} is not in {place}: it has {', '.join(_names(place, parts))}")
         if not any(found in parts[0].arrays for found in left):
             raise Refusal(f"{name} is the last array of {place}: delete the store instead")
-        replace_parts(place, [_without(part, kind, variable) for part in parts], read_set_aside(place))
+        without = [_without(part, kind, variable) for part in parts]
+        if hash_parts(without) != hash_parts(parts):
+            replace_parts(place, without, read_set_aside(place))
+        else:
+            lay_out(place, parts)
+            remove_old_tables(place)
         for found in gone:
-            place.remove_tree(found)
-            if not any(other.split("/")[0] == found.split("/")[0] for other in left):
-                place.remove_tree(found.split("/")[0])
+            group = found.split("/")[0]
+            place.remove_tree(found if any(other.split("/")[0] == group for other in left) else group)
 
 
 def remove_derived(place: Place, parts: Sequence[Plan], name: str) -> None:
     """Take a derived array out, and the coordinates that no other one has."""
-    axes = {dim for one in read_derived(place) if one.name == name for dim in one.dims}
     place.remove(f"{DERIVED_RECORDS}/{name}.json")
     lay_out(place, parts)
-    left = {dim for one in read_derived(place) for dim in one.dims}
-    for member in (name, *(axes - left)):
-        place.remove_tree(f"derived/{member}")
+    sweep_derived(place, name)
+    # Last: while it is there, the same call goes on.
+    place.remove_tree(f"derived/{name}")
+    if not place.names("derived"):
+        place.remove_tree("derived")
+
+
+def sweep_derived(place: Place, *kept: str) -> None:
+    """Remove arrays and coordinates that no record names, but for ``kept``. Call it while ``alone``.
+
+    Arrays in the making have no metadata yet, and get them and their record while ``alone``.
+    """
+    left = list(read_derived(place))
+    named = {*kept, *(one.name for one in left), *(dim for one in left for dim in one.dims)}
+    for name in place.names("derived"):
+        _, member, *rest = name.split("/")
+        if rest == [METADATA] and member not in named:
+            place.remove_tree(f"derived/{member}")
     if not left:
         place.remove(f"derived/{METADATA}")
-        if not place.names("derived"):
-            place.remove_tree("derived")
 
 
 def _names(place: Place, parts: Sequence[Plan]) -> list[str]:

@@ -6,6 +6,7 @@ import hashlib
 import io
 import json
 import os
+import time
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -38,6 +39,10 @@ FORMAT_1 = {"samples": f"{RECORD}/samples.parquet", "set_aside": f"{RECORD}/set_
 """Where format 1 has its tables; since then their names carry their hash, so that growing replaces nothing."""
 
 METADATA = "zarr.json"
+
+LABELS_PER_CHUNK = 8192
+"""Rows in a chunk of the coordinate ``sample``. Fixed, so that by the metadata of before it reads the same after the
+store grew: a stock reader that comes in between, or after a kill, sees the old store."""
 
 
 def table_file(kind: str, block: int) -> str:
@@ -78,8 +83,11 @@ def create(path: str | os.PathLike | Place, plan: Plan, set_aside: pl.DataFrame 
             raise Refusal(f"{place} holds {stranger} and is not a store: choose another --store")
         aside = pl.DataFrame(schema={"reason": pl.String}) if set_aside is None else set_aside
         stored = _write_tables(place, [plan], aside)
-        if place.write_new(PLAN_FILE, stored):
-            lay_out(place, [plan])
+        first = place.write_new(PLAN_FILE, stored)
+        with alone(place):
+            remove_old_tables(place)  # of other plans, that were killed or came second
+        if first:
+            ensure_layout(place, [plan])
             return address(place)
     # It was there, or another worker was first.
     parts = load_parts(place, laid_out=False)
@@ -110,7 +118,12 @@ def load_parts(path: str | os.PathLike | Place, laid_out: bool = True) -> list[P
     stored = read_plan(place)
     if laid_out and not place.exists(METADATA):
         raise Refusal(f"{place} was not laid out to the end: run the command that made it again")
-    samples = _table(place, stored["samples"])
+    try:
+        samples = _table(place, stored["samples"])
+    except Refusal:
+        if read_plan(place) == stored:
+            raise
+        return load_parts(place, laid_out)  # it grew just now, and the table of before is gone
     parts = [Plan.restore(part, samples, stored["identity"]) for part in stored["parts"]]
     if parts[0].samples_hash != stored["parts"][0]["samples_hash"]:
         raise Refusal(f"{place}/{stored['samples']} is not the table that was planned: run `python -m store repair`")
@@ -188,6 +201,11 @@ def grow(
     if not place.exists(PLAN_FILE):
         create(place, plan, set_aside)
         return load_parts(place)
+    with alone(place):
+        return _grow(place, plan, set_aside)
+
+
+def _grow(place: Place, plan: Plan, set_aside: pl.DataFrame | None) -> list[Plan]:
     parts = load_parts(place, laid_out=False)
     _refuse_differing(place, _shared(parts[0]), _shared(plan))
     for part in parts if plan.attention else ():
@@ -221,7 +239,9 @@ def grow(
         else pl.concat([before, set_aside], how="diagonal_relaxed").unique(maintain_order=True)
     )
     if hash_parts(grown) == hash_parts(parts) and format_version(place) == FORMAT_VERSION and aside.equals(before):
-        ensure_layout(place, parts)
+        if not _is_laid_out(place, parts):
+            lay_out(place, parts)
+        remove_old_tables(place)
         return parts
     replace_parts(place, grown, aside)
     return grown
@@ -229,24 +249,54 @@ def grow(
 
 def replace_parts(place: Place, parts: Sequence[Plan], set_aside: pl.DataFrame) -> None:
     """Write another plan: from the moment it is there readers go by it. Then the metadata for stock readers."""
-    before = read_plan(place)
     stored = _write_tables(place, parts, set_aside)
+    before = read_plan(place)
     place.write_whole(PLAN_FILE, [stored])
     lay_out(place, parts)
-    for key, name in before.items():
-        if key in FORMAT_1 and name != unseal(stored)[key]:
-            place.remove(name)
-            place.remove(twin(name))
+    remove_old_tables(place, [before[key] for key in FORMAT_1])
+
+
+def remove_old_tables(place: Place, before: Sequence[str] = ()) -> None:
+    """Remove tables of planned samples that the plan does not name (any more). Call it while ``alone``.
+
+    On an object store, where nobody is alone, only those that are named: others may be of a plan in the making.
+    """
+    found = list(before)
+    if isinstance(place, LocalPlace):
+        here = [path.name for folder in (RECORD, TWINS) for path in place.path.joinpath(folder).glob("*.parquet")]
+        found += [f"{RECORD}/{name}" for name in here if name.startswith(tuple(FORMAT_1))]
+    stored = read_plan(place)
+    for name in {*found} - {stored[key] for key in FORMAT_1}:
+        place.remove(twin(name))
+        place.remove(name)
+
+
+@contextlib.contextmanager
+def alone(place: Place) -> Iterator[None]:
+    """Keep other processes from changing the plan and what is laid out meanwhile; on an object store nobody can."""
+    if not place.exists(PLAN_FILE) and not place.exists(twin(PLAN_FILE)):
+        read_plan(place)  # says what it is not
+    while (claim := place.claim("plan")) is None:
+        time.sleep(0.02)
+    try:
+        yield
+    finally:
+        claim.close()
 
 
 def ensure_layout(place: Place, parts: Sequence[Plan]) -> None:
     """Write the Zarr metadata if they are not there or not of what the record has, as a kill in time can leave them."""
+    if not _is_laid_out(place, parts):
+        with alone(place):
+            lay_out(place, load_parts(place, laid_out=False))
+
+
+def _is_laid_out(place: Place, parts: Sequence[Plan]) -> bool:
     if format_version(place) < FORMAT_VERSION:
-        return
+        return True
     # The root is written last and has a copy of all.
     expected = {METADATA: metadata(parts, list(read_derived(place)))[METADATA], twin(PLAN_FILE): place.read(PLAN_FILE)}
-    if any(place.size(name) != len(data) or place.read(name) != data for name, data in expected.items()):
-        lay_out(place, parts)
+    return all(place.size(name) == len(data) and place.read(name) == data for name, data in expected.items())
 
 
 def lay_out(place: Place, parts: Sequence[Plan]) -> None:
@@ -318,7 +368,10 @@ async def _documents(memory: MemoryStore) -> list[tuple[str, bytes]]:
 def _coordinates(group: zarr.Group, **coordinates: Sequence[str]) -> None:
     for dim, values in coordinates.items():
         # Strings of no fixed length: the fixed-length type has no Zarr v3 specification yet.
-        array = group.create_array(dim, shape=(len(values),), dtype=str, dimension_names=(dim,), compressors=None)
+        size = (len(values),) if dim != "sample" else (LABELS_PER_CHUNK,)
+        array = group.create_array(
+            dim, shape=(len(values),), chunks=size, dtype=str, dimension_names=(dim,), compressors=None
+        )
         array[:] = np.array(values, dtype=object)
 
 

@@ -219,7 +219,7 @@ class Place(ABC):
 
     @abstractmethod
     def remove_tree(self, folder: str) -> None:
-        """Remove all below ``folder``; nothing may be there."""
+        """Remove all below ``folder``, on a disk at once; nothing may be there."""
 
     @abstractmethod
     def remove_partial(self) -> None:
@@ -422,14 +422,22 @@ class LocalPlace(Place):
             _sync_folder(path.parent)
 
     def remove_tree(self, folder: str) -> None:
-        path = self._file(folder)
+        path, gone = self._file(folder), self._partial / uuid.uuid4().hex
         with contextlib.suppress(FileNotFoundError):
-            shutil.rmtree(path)
-            _sync_folder(path.parent)
+            if not gone.is_relative_to(path):  # all of it goes at once, so that a kill leaves nothing by halves
+                path.stat()
+                _make_folder(gone.parent)
+                path.rename(gone)
+                _sync_folder(path.parent)
+                path = gone
+            shutil.rmtree(path, ignore_errors=True)
 
     def remove_partial(self) -> None:
         shutil.rmtree(self._partial, ignore_errors=True)
         for path in self._file(f"{PARTIAL}/files").glob("*/*"):
+            if path.is_dir():  # was being removed
+                shutil.rmtree(path, ignore_errors=True)
+                continue
             with contextlib.suppress(FileNotFoundError):  # its folder went meanwhile
                 if file := _lock(path):
                     path.unlink(missing_ok=True)

@@ -47,8 +47,9 @@ class Store:
 
     def __init__(self, path: str | os.PathLike | Place):
         self.place = locate(path)
-        self.parts: list[Plan] = load_parts(self.place)
+        # In this order: what is committed was planned before, and the store may be growing.
         found = commits.read(self.place)
+        self.parts: list[Plan] = load_parts(self.place)
         self.commits = [found.of_part(part.part) for part in self.parts]
         self.log_problems = found.problems
         self._readers: dict[str, ShardReader] = {}

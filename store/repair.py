@@ -7,8 +7,8 @@ import os
 from store import commits
 from store.commits import Commit
 from store.errors import Refusal
-from store.growth import remove_derived
-from store.layout import FORMAT_1, PLAN_FILE, lay_out, load_parts, read_plan, twin
+from store.growth import remove_derived, sweep_derived
+from store.layout import FORMAT_1, PLAN_FILE, alone, lay_out, load_parts, read_plan, remove_old_tables, twin
 from store.places import Place, locate
 from store.sealing import Unsealed, unseal
 from store.verification import Report, verify
@@ -31,9 +31,9 @@ def repair(path: str | os.PathLike | Place) -> Report:
         When ``path`` is no store, a writer is at work on it, or the plan is damaged beyond its second copy.
     """
     place = locate(path).of("repair")
-    _restore_record(place)
-    parts = load_parts(place, laid_out=False)
-    with contextlib.ExitStack() as stack:
+    with alone(place), contextlib.ExitStack() as stack:
+        _restore_record(place)
+        parts = load_parts(place, laid_out=False)
         logs = {}
         for worker in commits.workers(place):
             logs[worker] = place.log(commits.log_file(worker))
@@ -41,6 +41,8 @@ def repair(path: str | os.PathLike | Place) -> Report:
         stack.callback(place.remove_partial)
         if read_plan(place)["format_version"] > 1:
             lay_out(place, parts)
+            remove_old_tables(place)
+            sweep_derived(place)
         report = verify(place)
         whole = set(commits.read(place).by_block) - set(report.damaged_blocks)
         for log in logs.values():
