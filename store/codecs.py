@@ -86,6 +86,7 @@ _BLOSC = struct.Struct("<4B4I")  # version, version of zstd's format, flags, ite
 _BLOSC_HEADER = 16
 _BLOSC_ZSTD = 0x80
 _BLOSC_SHUFFLE, _BLOSC_MEMCPY, _BLOSC_WHOLE = 0x01, 0x02, 0x10
+_BLOSC_SMALL = 1 << 16  # bytes; NumPy merges the planes of a frame up to this faster than c-blosc
 _BLOSC_LEAST = 128  # items; decoders take a smaller block as one stream
 
 
@@ -120,8 +121,17 @@ def encode_blosc(values: np.ndarray) -> bytes:
     return b"".join([header, *parts])
 
 
-def decode_blosc(frame: bytes | memoryview, out: np.ndarray) -> None:
-    """Decode a Blosc frame of zstd, ours or any other, that fills ``out`` (C-contiguous) exactly.
+def decode_blosc(frame: bytes | memoryview, out: np.ndarray, items: int) -> None:
+    """Decode the first values of a Blosc frame of zstd, ours or any other, of ``items`` values.
+
+    Parameters
+    ----------
+    frame
+        The frame.
+    out
+        C-contiguous; at most ``items`` values.
+    items
+        Values of the frame.
 
     Raises
     ------
@@ -134,14 +144,40 @@ def decode_blosc(frame: bytes | memoryview, out: np.ndarray) -> None:
     # c-blosc believes the frame's own size and reads that far; within it, it checks every stream.
     if (
         (version, format_, flags & ~(_BLOSC_SHUFFLE | _BLOSC_MEMCPY | _BLOSC_WHOLE)) != (2, 1, _BLOSC_ZSTD)
-        or (itemsize, nbytes, size) != (out.itemsize, out.nbytes, len(frame))
+        or (itemsize, nbytes, size) != (out.itemsize, items * out.itemsize, len(frame))
         or not 0 < block <= nbytes
     ):
         raise ValueError("a Blosc frame whose header does not fit its chunk")
+    if itemsize == 2 and nbytes <= _BLOSC_SMALL and block == nbytes and flags == _BLOSC_ZSTD | _BLOSC_SHUFFLE:
+        _decode_small(memoryview(frame), out.reshape(-1).view(np.uint16), items)
+        return
+    whole = out if out.size == items else _scratch("decoded", items, out.dtype)
     try:
-        Blosc().decode(frame, out)
+        Blosc().decode(frame, whole)
     except RuntimeError as failure:
         raise ValueError(f"a damaged Blosc frame ({failure})") from None
+    if whole is not out:
+        out.reshape(-1)[:] = whole[: out.size]
+
+
+def _decode_small(frame: memoryview, out: np.ndarray, items: int) -> None:
+    """Decode a small frame of one block and two byte planes, as ``encode_blosc`` writes them.
+
+    c-blosc sets up zstd anew for every stream, which takes longer than to decode a small one.
+    """
+    planes, place = [], _BLOSC.size
+    for _ in range(2):
+        size = int.from_bytes(frame[place : place + 4], "little")
+        stream = frame[place + 4 : place + 4 + size]
+        place += 4 + size
+        if len(stream) != size:
+            raise ValueError("a Blosc frame that ends early")
+        planes.append(np.frombuffer(stream, np.uint8) if size == items else _decompress(stream, items))
+    for start in range(0, out.size, _PIECE):
+        piece = out[start : start + _PIECE]
+        np.copyto(piece, planes[1][start : start + len(piece)])
+        np.left_shift(piece, 8, out=piece)
+        np.bitwise_or(piece, planes[0][start : start + len(piece)], out=piece)
 
 
 # ----------------------------------------------------------------------------------------------------------- codecs
@@ -236,12 +272,7 @@ class Zstd(Codec):
 
     def decode_into(self, encoded: bytes | memoryview, out: np.ndarray, rows: int) -> None:
         """See ``Codec``."""
-        if len(out) == rows:
-            return decode_blosc(encoded, out)
-        whole = _scratch("decoded", rows * math.prod(out.shape[1:]), out.dtype)
-        decode_blosc(encoded, whole)
-        out.reshape(-1)[:] = whole[: out.size]
-        return None
+        decode_blosc(encoded, out, rows * math.prod(out.shape[1:]))
 
     def zarr_compressors(self) -> tuple[Any, ...]:
         """See ``Codec``."""
@@ -318,7 +349,7 @@ class Scaled(Codec):
                 words = out[:n]
             else:
                 words = _scratch("decoded", kept * width, self.word).reshape(kept, width)
-            decode_blosc(frame, words)
+            decode_blosc(frame, words, words.size)
             self._restore(words[:n], scales[:width] + base, scales[width : width + n] + self.token_base, out[:n])
 
     def zarr_compressors(self) -> tuple[Any, ...]:

@@ -98,7 +98,7 @@ def test_stock_blosc_decodes_our_frames_at_every_size(dtype, items, kind):
     frame = encode_blosc(values)
     assert Blosc().decode(frame) == values.tobytes()
     again = np.empty_like(values)
-    decode_blosc(memoryview(frame), again)
+    decode_blosc(memoryview(frame), again, again.size)
     assert again.tobytes() == values.tobytes()
 
 
