@@ -32,8 +32,8 @@ class Sizes:
     """The same for the made-up states, which are eighty times as many bytes."""
     codec_bytes: int
     """States that codecs are tried on."""
-    written: int
-    """Samples that are written while the clock runs."""
+    written_bytes: int
+    """States that are written while the clock runs, in whole samples, or all there are."""
     opened_samples: int
     """Samples of the store that is only opened."""
     opened_layers: int
@@ -61,7 +61,7 @@ FULL = Sizes(
     epochs=2,
     made_epochs=1,
     codec_bytes=8_000_000,
-    written=16,
+    written_bytes=300_000_000,
     opened_samples=128_000,
     opened_layers=29,
     steps=3,
@@ -82,7 +82,7 @@ QUICK = Sizes(
     epochs=1,
     made_epochs=1,
     codec_bytes=10_000,
-    written=3,
+    written_bytes=30_000,
     opened_samples=200,
     opened_layers=3,
     steps=1,

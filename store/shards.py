@@ -8,12 +8,11 @@ Shapes: ``s`` samples, ``l`` layers, ``r`` rows of a unit (tokens), ``...`` the 
 """
 
 import errno
-import itertools
 import math
 import os
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, BinaryIO
@@ -27,20 +26,21 @@ from store.plan import ArrayPlan
 ABSENT = np.uint64(2**64 - 1)
 """Offset and length, in a shard's index, of a chunk that was left out."""
 
+CORES = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+"""Threads that copy or decode: more of them take each other's caches."""
+
 THREADS = 8
-"""Threads that wait for the disk or decode, of a process."""
+"""Threads that wait for a disk."""
 
 REMOTE_THREADS = 32
 """Threads that wait for an object store: a request takes tens of milliseconds whatever it brings."""
 
-READ_BYTES = 512 * 1024
-"""A thread is worth its while from about this much to read."""
+SHARED_BYTES = 4 * 2**20, 64 * 1024
+"""One more thread is worth its while from about this much to read, in units of about this much: of small ones most of
+the time goes by in Python, which one thread at a time can run."""
 
 GAP_BYTES = 64 * 1024
 """Bytes that are read and thrown away rather than sought over."""
-
-NEAR_BYTES = 256 * 1024
-"""Memory that stays in a core's own cache."""
 
 RUN_BYTES = 16 * 2**20
 """Compressed units that follow each other are read together up to this much."""
@@ -48,7 +48,8 @@ RUN_BYTES = 16 * 2**20
 OPEN_FILES = 256
 """Shards kept open by a reader."""
 
-MAX_PIECES = 512  # buffers of one preadv; the system's limit is 1,024
+MAX_LAYERS = 512
+"""Layers that are read by one call: with the gaps between them as many pieces of memory as the system takes."""
 
 
 class DamagedShard(ValueError):  # noqa: N818 - the shard is what is wrong, by name
@@ -226,7 +227,8 @@ class ShardReader:
         shards = rows // self.array.shard[0]
         if not index.known[shards].all():
             unknown = np.unique(shards[~index.known[shards]])
-            self._map(lambda shard: self._learn(index, int(shard), cell), unknown, unknown.size)
+            threads = THREADS if isinstance(self.place, LocalPlace) else REMOTE_THREADS
+            _each(lambda shard: self._learn(index, shard, cell), unknown.tolist(), threads)
         picked = rows[:, None], np.asarray(layers)
         lengths = index.lengths[picked]
         if lengths.size and not lengths.min():
@@ -304,18 +306,19 @@ class ShardReader:
     ) -> None:
         offsets, lengths = self.locate(samples, layers, cell)
         jobs = _Jobs(self, memoryview(out), base, stride, samples, first, rows, offsets, lengths, cell)
-        size = int(rows.sum()) * self.array.row_bytes * len(layers)
-        # By shard and place, so that the disk is read forwards and a thread gets neighbours.
+        raw = self.array.codec == "none"
+        # By shard and place, so that the disk is read forwards.
         order = np.argsort(self.rows[samples], kind="stable").tolist()
-        if self.array.codec != "none":
-            self._map(jobs.decode, order, max(1, size // READ_BYTES))
-        elif not isinstance(self.place, LocalPlace):
-            self._map(jobs.fetch, order, len(order))
-        else:
-            # What the page cache has is copied at once, without the price of a thread; the rest is waited for in
-            # parallel.
-            cold = jobs.copy_hot(order) if self._hot else order
-            self._map(jobs.copy, cold, len(cold))
+        if not isinstance(self.place, LocalPlace):
+            _each(jobs.fetch, order, REMOTE_THREADS)
+            return
+        threads = _threads_for(int(rows.sum()) * self.array.row_bytes * len(layers), len(samples) * len(layers))
+        # What the page cache has comes first; the rest is asked of the disk all at once, and then waited for.
+        if self._hot:
+            order = _share(jobs.copy_hot if raw else jobs.decode_hot, order, threads)
+        if order:
+            jobs.ask_ahead(order)
+            _share(jobs.copy if raw else jobs.decode, order, threads)
 
     def read_into(self, out_slr: np.ndarray, samples: Sequence[int], layers: Sequence[int]) -> None:
         """Fill ``out_slr[i, j]`` with the values of sample i at layer j; what lies past them is left as it is.
@@ -341,7 +344,8 @@ class ShardReader:
             rows = np.minimum(self.extents[samples, 0], out_slr.shape[2])
             self.read_rows(out_slr.reshape(-1).view(np.uint8), base, stride, samples, layers, None, rows)
             return
-        self._map(lambda i: self._read_units(out_slr[i], int(samples[i]), layers), range(len(samples)), len(samples))
+        threads = CORES if isinstance(self.place, LocalPlace) else REMOTE_THREADS
+        _each(lambda i: self._read_units(out_slr[i], int(samples[i]), layers), range(len(samples)), threads)
 
     def _read_units(self, out_lr: np.ndarray, sample: int, layers: Sequence[int]) -> None:
         """All cells of one sample of an array that is ragged along several axes (attention)."""
@@ -406,22 +410,6 @@ class ShardReader:
             self._files[name] = file
         return file
 
-    def _map(self, work: Callable, items: Iterable, worth: int) -> None:
-        """``work`` on all ``items``, by as many threads as it is worth."""
-        items = list(items)
-        threads = min(REMOTE_THREADS if not isinstance(self.place, LocalPlace) else THREADS, worth, len(items))
-        if threads <= 1:
-            for item in items:
-                work(item)
-            return
-
-        def several(part: list) -> None:
-            for item in part:
-                work(item)
-
-        cuts = [len(items) * n // threads for n in range(threads + 1)]
-        list(_pool().map(several, [items[a:b] for a, b in itertools.pairwise(cuts)]))
-
 
 _HINT = "`python -m store verify` tells what is whole"
 
@@ -447,19 +435,27 @@ class _Jobs:
         self.shards = (self.reader.rows[self.samples] // array.shard[0]).tolist()
         self.names = {shard: self.reader.name(shard, self.cell) for shard in set(self.shards)}
         self.base = self.base.tolist()
-        if array.codec == "none":
-            last = self.rows * array.row_bytes
-            starts = self.offsets
-            if self.first is not None:
-                last = last + self.first * array.row_bytes
-                starts = starts + self.first[:, None] * array.row_bytes
-            if (self.lengths.min(axis=1, initial=2**62) < last).any():
-                i = int(np.flatnonzero(self.lengths.min(axis=1) < last)[0])
+        self.raw = array.codec == "none"
+        self.before = 0
+        if self.raw:
+            self.before = 0 if self.first is None else self.first * array.row_bytes
+            short = self.lengths.min(axis=1, initial=2**62) < self.rows * array.row_bytes + self.before
+            if short.any():
+                i = int(np.flatnonzero(short)[0])
                 raise DamagedShard(
                     f"{self.reader.place}/{self.name(i)}: sample {self.samples[i]} has fewer tokens in it than were "
                     f"planned; {_HINT}"
                 )
-            self.starts = starts.tolist()
+
+    @cached_property
+    def starts(self) -> list[list[int]]:
+        """First byte of every run at every layer."""
+        return (self.offsets + np.reshape(self.before, (-1, 1))).tolist()
+
+    @cached_property
+    def sizes(self) -> list[list[int]]:
+        """Bytes of every run at every layer."""
+        return [[size] * self.lengths.shape[1] for size in self.wanted] if self.raw else self.lengths.tolist()
 
     def name(self, i: int) -> str:
         """Path of a run's shard."""
@@ -469,76 +465,92 @@ class _Jobs:
         begin = self.base[i] + j * self.stride
         return self.out[begin : begin + self.wanted[i]]
 
-    def copy_hot(self, order: list[int]) -> list[int]:
+    def _near(self, i: int) -> Iterator[tuple[int, int, range]]:
+        """Layers of a run that nearly follow each other on disk: first byte, bytes, and which they are."""
+        starts, sizes, first = self.starts[i], self.sizes[i], 0
+        for j in range(1, len(starts) + 1):
+            if (
+                j == len(starts)
+                or not 0 <= starts[j] - starts[j - 1] - sizes[j - 1] <= GAP_BYTES
+                or starts[j] + sizes[j] - starts[first] > RUN_BYTES
+                or j - first == MAX_LAYERS
+            ):
+                yield starts[first], starts[j - 1] + sizes[j - 1] - starts[first], range(first, j)
+                first = j
+
+    def ask_ahead(self, order: list[int]) -> None:
+        """Have the disk begin with all of it: waiting for one run after the other is then waiting for the slowest."""
+        if not hasattr(os, "posix_fadvise"):
+            return
+        for i in order:
+            descriptor = self.reader.open(self.name(i)).fileno()
+            for begin, size, _ in self._near(i):
+                os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+
+    def _not_at_once(self, failure: OSError) -> int:
+        """What was read when the system said that the page cache does not have it: nothing. Raises other failures."""
+        if not isinstance(failure, BlockingIOError):
+            if failure.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                raise failure
+            self.reader._hot = False  # this file system cannot tell
+        return 0
+
+    def copy_hot(self, order: Iterable[int]) -> list[int]:
         """Copy the runs of uncompressed rows that the page cache has; those that it has not, or not whole."""
-        layers, flags, stride = self.offsets.shape[1], os.RWF_NOWAIT, max(1, self.stride)
+        layers, stride, preadv, flags = self.offsets.shape[1], max(1, self.stride), os.preadv, os.RWF_NOWAIT
         out, base, wanted, shards = self.out, self.base, self.wanted, self.shards
         files = {shard: self.reader.open(name) for shard, name in self.names.items()}
         descriptors = {shard: file.fileno() for shard, file in files.items()}
-        starts, cold, preadv, near = [row[0] for row in self.starts], [], os.preadv, scratch(NEAR_BYTES)
+        starts, cold = (self.offsets[:, 0] + self.before).tolist(), []
         sizes, gaps, regular = wanted, [], []
         if layers > 1:
             # Layers that follow each other, each with the same padding behind its rows: all but a few strange ones.
             ends = self.offsets[:, :-1] + self.lengths[:, :-1]
             padding = self.lengths[:, 0] - np.asarray(wanted)
             alike = (ends == self.offsets[:, 1:]).all(axis=1) & (self.lengths == self.lengths[:, :1]).all(axis=1)
-            regular, gaps = (alike & (padding <= GAP_BYTES)).tolist(), padding.tolist()
+            regular = (alike & (padding <= GAP_BYTES) & (layers <= MAX_LAYERS)).tolist()
+            gaps = padding.tolist()
             sizes = (self.lengths[:, 0] * layers - padding).tolist()
         # There are many and small ones: this loop is as bare as it can be.
-        try:
-            for i in order:
-                size, begin = wanted[i], base[i]
-                if not size:
-                    continue
-                if layers == 1:
-                    pieces = [out[begin : begin + size]]
-                elif not regular[i]:
-                    cold.append(i)
-                    continue
-                elif sizes[i] <= NEAR_BYTES:
-                    pieces = [near[: sizes[i]]]
-                else:
-                    pieces = [out[place : place + size] for place in range(begin, begin + layers * stride, stride)]
-                    if gaps[i]:
-                        spread = [_JUNK[: gaps[i]]] * (2 * layers - 1)
-                        spread[::2] = pieces
-                        pieces = spread
-                try:
-                    if preadv(descriptors[shards[i]], pieces, starts[i], flags) != sizes[i]:
-                        cold.append(i)
-                        continue
-                except BlockingIOError:
-                    cold.append(i)
-                    continue
-                if layers > 1 and sizes[i] <= NEAR_BYTES:
-                    # One piece by way of the nearest cache is faster than many pieces for the system to fill.
-                    spread_l = np.ndarray((layers, size), np.uint8, out, begin, (stride, 1))
-                    spread_l[:] = np.ndarray((layers, size), np.uint8, near, 0, (size + gaps[i], 1))
-        except OSError as failure:
-            if failure.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                raise
-            self.reader._hot = False  # this file system cannot tell
-            return order
+        for i in order:
+            size, begin = wanted[i], base[i]
+            if not size:
+                continue
+            if layers == 1:
+                pieces = [out[begin : begin + size]]
+            elif not regular[i]:
+                cold.append(i)
+                continue
+            else:
+                pieces = [out[place : place + size] for place in range(begin, begin + layers * stride, stride)]
+                if gaps[i]:
+                    spread = [_JUNK[: gaps[i]]] * (2 * layers - 1)
+                    spread[::2] = pieces
+                    pieces = spread
+            try:
+                read = preadv(descriptors[shards[i]], pieces, starts[i], flags)
+            except OSError as failure:
+                read = self._not_at_once(failure)
+            if read != sizes[i]:
+                cold.append(i)
         return cold
 
-    def copy(self, i: int) -> None:
-        """Scatter a run of uncompressed rows: layers that nearly follow each other on disk by one system call."""
-        wanted, starts = self.wanted[i], self.starts[i]
-        if not wanted:
-            return
-        file = self.reader.open(self.name(i))
-        pieces: list[memoryview] = []
-        begin = end = starts[0]
-        for j, start in enumerate(starts):
-            gap = start - end
-            if not 0 <= gap <= GAP_BYTES or len(pieces) > MAX_PIECES:
+    def copy(self, order: Iterable[int]) -> list[int]:
+        """Scatter runs of uncompressed rows, whether the page cache has them or not."""
+        for i in order:
+            wanted, starts = self.wanted[i], self.starts[i]
+            if not wanted:
+                continue
+            file = self.reader.open(self.name(i))
+            for begin, _, layers in self._near(i):
+                pieces, end = [], begin
+                for j in layers:
+                    if starts[j] > end:
+                        pieces.append(_JUNK[: starts[j] - end])
+                    pieces.append(self._target(i, j))
+                    end = starts[j] + wanted
                 self._fill(file, pieces, begin)
-                pieces, begin, gap = [], start, 0
-            if gap:
-                pieces.append(_JUNK[:gap])
-            pieces.append(self._target(i, j))
-            end = start + wanted
-        self._fill(file, pieces, begin)
+        return []
 
     def _fill(self, file: BinaryIO, pieces: list[memoryview], offset: int) -> None:
         while pieces:
@@ -552,43 +564,37 @@ class _Jobs:
             if pieces:
                 pieces[0] = pieces[0][read:]
 
-    def fetch(self, i: int) -> None:
-        """Uncompressed rows from an object store."""
-        wanted, starts = self.wanted[i], self.starts[i]
-        if not wanted:
-            return
-        found = self.reader.place.read_ranges(self.name(i), starts, [wanted] * len(starts))
-        for j, data in enumerate(found):
-            if len(data) != wanted:
-                raise DamagedShard(f"{self.reader.place}/{self.name(i)} ends before byte {starts[j] + wanted}; {_HINT}")
-            self._target(i, j)[:] = data
+    def decode_hot(self, order: Iterable[int]) -> list[int]:
+        """Decode the compressed runs that the page cache has; those that it has not, or not whole."""
+        cold = []
+        for i in order:
+            if not self._decode_run(i, at_once=True):
+                cold.append(i)
+        return cold
 
-    def decode(self, i: int) -> None:
-        """Compressed rows: units that follow each other are read at once, and decoded into their place."""
-        if not self.wanted[i]:
-            return
-        reader, local = self.reader, isinstance(self.reader.place, LocalPlace)
-        offsets, lengths = self.offsets[i].tolist(), self.lengths[i].tolist()
-        if not local:
-            for j, data in enumerate(reader.place.read_ranges(self.name(i), offsets, lengths)):
-                self._decode(i, j, data)
-            return
-        file = reader.open(self.name(i))
-        j = 0
-        while j < len(offsets):
-            begin, last = offsets[j], j
-            while (
-                last + 1 < len(offsets)
-                and 0 <= offsets[last + 1] - offsets[last] - lengths[last] <= GAP_BYTES
-                and offsets[last + 1] + lengths[last + 1] - begin <= RUN_BYTES
-            ):
-                last += 1
-            size = offsets[last] + lengths[last] - begin
+    def decode(self, order: Iterable[int]) -> list[int]:
+        """Decode compressed runs, whether the page cache has them or not."""
+        for i in order:
+            self._decode_run(i, at_once=False)
+        return []
+
+    def _decode_run(self, i: int, at_once: bool) -> bool:
+        file, starts, sizes = self.reader.open(self.name(i)), self.starts[i], self.sizes[i]
+        for begin, size, layers in self._near(i) if self.wanted[i] else ():
             encoded = scratch(size)
-            self._fill(file, [encoded], begin)
-            for k in range(j, last + 1):
-                self._decode(i, k, encoded[offsets[k] - begin : offsets[k] - begin + lengths[k]])
-            j = last + 1
+            if not at_once:
+                self._fill(file, [encoded], begin)
+            else:
+                try:
+                    read = os.preadv(file.fileno(), [encoded], begin, os.RWF_NOWAIT)
+                except OSError as failure:
+                    read = self._not_at_once(failure)
+                if read != size:
+                    return False
+            for j in layers:
+                place = starts[j] - begin
+                self._decode(i, j, encoded[place : place + sizes[j]])
+        return True
 
     def _decode(self, i: int, j: int, encoded: Any) -> None:
         reader, array, rows = self.reader, self.reader.array, int(self.rows[i])
@@ -600,6 +606,51 @@ class _Jobs:
             unit = np.empty((first + rows, *array.unit[1:]), array.dtype)
             reader._decode_into(encoded, unit, int(self.samples[i]), self.cell)
             target[:] = unit[first:]
+
+    def fetch(self, i: int) -> None:
+        """One run, from an object store."""
+        if not self.wanted[i]:
+            return
+        reader = self.reader
+        found = reader.place.read_ranges(self.name(i), self.starts[i], self.sizes[i])
+        for j, (data, size) in enumerate(zip(found, self.sizes[i], strict=True)):
+            if len(data) != size:
+                end = self.starts[i][j] + size
+                raise DamagedShard(f"{reader.place}/{self.name(i)} ends before byte {end}; {_HINT}")
+            if self.raw:
+                self._target(i, j)[:] = data
+            else:
+                self._decode(i, j, data)
+
+
+def _threads_for(size: int, units: int) -> int:
+    """How many threads are to copy or decode ``size`` bytes in so many units."""
+    each, unit = SHARED_BYTES
+    return min(CORES, size // each) if size >= units * unit else 1
+
+
+def _share(work: Callable[[Iterator[int]], list[int]], items: Iterable[int], threads: int) -> list[int]:
+    """What ``work`` makes of ``items``, which several threads take one by one; this thread is one of them."""
+    items = list(items)
+    taken = iter(items)
+    others = [_pool().submit(work, taken) for _ in range(min(threads, len(items)) - 1)]
+    try:
+        found = work(taken)
+    finally:
+        # None is left writing to memory that the caller may use for something else.
+        wait(others)
+    return found + [one for other in others for one in other.result()]
+
+
+def _each(work: Callable[[int], None], items: Iterable[int], threads: int) -> None:
+    """``work`` on every one of ``items``, by several threads."""
+
+    def some(taken: Iterator[int]) -> list[int]:
+        for item in taken:
+            work(item)
+        return []
+
+    _share(some, items, threads)
 
 
 def scratch(size: int) -> memoryview:

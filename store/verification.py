@@ -75,7 +75,7 @@ def verify(path: str | os.PathLike | Place) -> Report:
         When ``path`` is no store. Damage is reported, not raised.
     """
     place = locate(path)
-    if not place.exists(PLAN_FILE):
+    if not place.exists(PLAN_FILE) and not place.exists(twin(PLAN_FILE)):
         read_plan(place)  # says what it is not
     problems = list(_record_problems(place))
     try:
@@ -146,6 +146,11 @@ def _record_problems(place: Place) -> Iterator[str]:
                 continue
             if name != PLAN_FILE and hashlib.sha256(copies[path]).hexdigest()[:16] not in name:
                 yield f"{path} is not what its name says: it was changed"
+            if name == PLAN_FILE:
+                try:
+                    unseal(copies[path])
+                except Unsealed as damage:
+                    yield f"{path}: {damage}"
         if len(copies) == 2 and copies[name] != copies[twin(name)]:
             yield f"{name} and its twin {twin(name)} differ"
 

@@ -317,6 +317,17 @@ def test_a_second_writer_of_a_log_is_refused(address):
     first.close()
 
 
+def test_a_log_is_checked_while_it_is_appended_to(address):
+    log = locate(address).log(LOG)
+    with ThreadPoolExecutor(1) as pool:
+        appending = pool.submit(lambda: [log.append(b"%d\n" % n) for n in range(20)])
+        while not appending.done():
+            log.check()
+        appending.result()
+    assert log.read().count(b"\n") == 20
+    log.close()
+
+
 def test_a_killed_worker_holds_nothing(address):
     code = (
         f"log = place.log('{LOG}'); log.append(b'one\\n'); c = place.claim('0-1'); print(1, flush=True); time.sleep(60)"
