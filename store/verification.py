@@ -18,9 +18,11 @@ from store.layout import (
     DERIVED_RECORDS,
     FORMAT_1,
     LAYOUT_FILE,
+    METADATA,
     PLAN_FILE,
     Derived,
     format_version,
+    read_derived,
     read_plan,
     sample_labels,
     table_file,
@@ -165,6 +167,10 @@ def _layout_problems(store: Store) -> Iterator[str]:
         except (FileNotFoundError, Unsealed) as failure:
             sums = {}
             yield f"{LAYOUT_FILE}: {failure}"
+        derived = list(read_derived(place))
+        known = {"sample", *(one.name for one in derived), *(dim for one in derived for dim in one.dims)}
+        for member in sorted({name.split("/")[1] for name in sums if name.startswith("derived/")} - known - {METADATA}):
+            yield f"derived/{member} was laid out, and no record in {DERIVED_RECORDS} names it: `repair` removes it"
         for name, (size, checksum) in sums.items():
             try:
                 data = place.read(name)

@@ -85,13 +85,19 @@ def check(whole, folder, damages):
     path = Path(shutil.copytree(whole, folder / "damaged"))
     before = store.verify(path)
     assert before.ok, before.problems
-    concerned = set().union(*(blocks_of(path, name) for name, *_ in damages))
+    blocks = {name: blocks_of(path, name) for name, *_ in damages}
+    concerned = set().union(*blocks.values())
+    in_logs = set().union(*(blocks[name] for name in blocks if name.startswith("record/commits/")))
     for name, damage, place in damages:
         change(path / name, damage, place)
     report = store.verify(path)
     assert not report.ok, damages
     said = "\n".join(report.problems)
-    for name, *_ in damages:
+    # Without a plan nothing else can be told, and without its commit nothing of a block.
+    told = [name for name in blocks if name == "record/plan.json"] or [
+        name for name in blocks if name.startswith("record/commits/") or not blocks[name] or blocks[name] - in_logs
+    ]
+    for name in told:
         # Of a log that lost whole lines, its blocks are named: there is nothing else that could be.
         log = name.startswith("record/commits/") and "not committed" in said
         derived = name.startswith("record/derived/") and "derived" in said
