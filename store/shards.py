@@ -379,10 +379,7 @@ class ShardReader:
 
     def _decode_into(self, encoded: Any, out: np.ndarray, sample: int, cell: tuple[int, ...]) -> None:
         try:
-            if self.array.codec == "none":
-                out.reshape(-1).view(np.uint8)[:] = np.frombuffer(encoded, np.uint8)
-            else:
-                self.codec.decode_into(encoded, out, self.array.inner[2])
+            self.codec.decode_into(encoded, out, self.array.inner[2])
         except ValueError as failure:
             name = self.array.shard_file(*self._shard(sample), cell)
             raise DamagedShard(
@@ -596,15 +593,27 @@ class _Jobs:
                 self._decode(i, j, encoded[place : place + sizes[j]])
         return True
 
+    @cached_property
+    def _decoded(self) -> list[tuple[int, tuple[int, ...], int]]:
+        """Where the values of a run begin in ``out``, their shape, and how many rows of the unit come before them."""
+        itemsize, rest = np.dtype(self.reader.array.dtype).itemsize, self.reader.array.unit[1:]
+        firsts = [0] * len(self.base) if self.first is None else self.first.tolist()
+        shapes = [(n, *rest) for n in self.rows.tolist()]
+        return list(zip([begin // itemsize for begin in self.base], shapes, firsts, strict=True))
+
+    @cached_property
+    def _values(self) -> np.ndarray:
+        return np.frombuffer(self.out, self.reader.array.dtype)
+
     def _decode(self, i: int, j: int, encoded: Any) -> None:
-        reader, array, rows = self.reader, self.reader.array, int(self.rows[i])
-        first = 0 if self.first is None else int(self.first[i])
-        target = np.frombuffer(self._target(i, j), array.dtype).reshape(rows, *array.unit[1:])
+        begin, shape, first = self._decoded[i]
+        begin += j * self.stride // self._values.itemsize
+        target = self._values[begin : begin + math.prod(shape)].reshape(shape)
         if not first:
-            reader._decode_into(encoded, target, int(self.samples[i]), self.cell)
+            self.reader._decode_into(encoded, target, self.samples[i], self.cell)
         else:
-            unit = np.empty((first + rows, *array.unit[1:]), array.dtype)
-            reader._decode_into(encoded, unit, int(self.samples[i]), self.cell)
+            unit = np.empty((first + shape[0], *shape[1:]), target.dtype)
+            self.reader._decode_into(encoded, unit, self.samples[i], self.cell)
             target[:] = unit[first:]
 
     def fetch(self, i: int) -> None:

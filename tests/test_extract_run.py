@@ -74,6 +74,12 @@ def refused(config, path, *more):
     return line
 
 
+def test_a_store_on_an_object_store_has_the_content_of_one_on_disk(config, whole, s3):
+    assert extract(dataclasses.replace(config, store=s3)) == 0
+    found, expected = store.verify(s3), store.verify(whole)
+    assert found.ok and found.content_hash == expected.content_hash and found.identity_hash == expected.identity_hash
+
+
 def test_a_store_holds_what_the_stock_class_computes(config, whole):
     """Independent of the capture code: stock forward of one sample alone, with output_hidden_states."""
     model = load_model(Path(config.model), torch.device("cpu"))

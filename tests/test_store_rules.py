@@ -20,6 +20,7 @@ import tempfile
 import warnings
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -767,6 +768,7 @@ def test_rule_2_3_rows_of_samples_and_the_coordinates(made):
             if layers:
                 group = zarr.open_group(path / part.group(kind), mode="r")
                 assert group["sample"][:].tolist() == labels and group["layer"][:].tolist() == list(layers)
+                assert group["sample"].chunks == (8192,)
 
 
 @given(size=st.integers(1, 9), counts=st.lists(st.integers(1, 20), min_size=1, max_size=12))
@@ -1303,6 +1305,22 @@ def test_rule_6_5_a_worker_holds_its_log_and_its_block_while_it_works(one, tmp_p
             raise KeyboardInterrupt
         assert not (path / "record/partial/claims/0-1").exists()
     assert not locked("record/commits/w.jsonl")
+
+
+def test_rule_6_5_who_changes_the_plan_is_alone(one):
+    _, path = one
+    claim = path / "record/partial/claims/plan"
+    claim.parent.mkdir(parents=True, exist_ok=True)
+    held = claim.open("wb")
+    fcntl.flock(held, fcntl.LOCK_EX)
+    with ThreadPoolExecutor(1) as pool:
+        dropping = pool.submit(store.drop, path, "hidden/text")
+        with pytest.raises(TimeoutError):
+            dropping.result(0.3)
+        assert (path / "hidden/text").exists()
+        held.close()
+        dropping.result(60)
+    assert not (path / "hidden/text").exists()
 
 
 def test_rule_6_6_the_plan_comes_after_its_tables_and_before_the_metadata(tmp_path, monkeypatch, one):
