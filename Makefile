@@ -43,8 +43,8 @@ probe: setup ## Train the proxies of every layer, and their floors, from the sto
 figures: setup ## Draw the localization curves
 	$(RUN) -m analysis curves --probes $(PROBES) --out $(FIGURES)
 
-test: setup ## Run the tests (offline, under ten minutes)
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q
+test: setup ## Run the tests (offline, under ten minutes on two cores)
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto
 
 test-slow: setup ## Run the minutes-long tests as well
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -m slow

@@ -480,9 +480,9 @@ class _Jobs:
         if not hasattr(os, "posix_fadvise"):
             return
         for i in order:
-            descriptor = self.reader.open(self.name(i)).fileno()
+            file = self.reader.open(self.name(i))
             for begin, size, _ in self._near(i):
-                os.posix_fadvise(descriptor, begin, size, os.POSIX_FADV_WILLNEED)
+                os.posix_fadvise(file.fileno(), begin, size, os.POSIX_FADV_WILLNEED)
 
     def _not_at_once(self, failure: OSError) -> int:
         """What was read when the system said that the page cache does not have it: nothing. Raises other failures."""
