@@ -1,5 +1,7 @@
 """Batches and eager reads: the same values as stock zarr gives, in an order that a seed decides."""
 
+from concurrent.futures import ThreadPoolExecutor
+
 import numpy as np
 import pytest
 import torch
@@ -196,3 +198,22 @@ def test_a_store_and_its_lazy_arrays_may_be_sent_to_other_processes(path):
 
     opened = pickle.loads(pickle.dumps(store.open(path)))
     assert opened.layers == ("embed", "0", "final") and opened.valid.all()
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_many_threads_read_the_same_whether_cached_or_not_and_with_one_file_open(path, monkeypatch, cached):
+    monkeypatch.setattr("store.shards.OPEN_FILES", 1)
+    monkeypatch.setattr("store.shards.SHARED_BYTES", (1, 0))
+    monkeypatch.setattr("store.shards.CORES", 4)
+    expected = store.open(path).read(range(30), ["0", "final"])[0].view(torch.int16)
+    opened = store.open(path)
+    for kind in ("image", "text"):
+        opened.reader(f"hidden/{kind}")._hot = cached
+
+    def read(seed):
+        order = np.random.default_rng(seed).permutation(30)
+        states, _ = opened.read(order, ["0", "final"])
+        return torch.equal(states.view(torch.int16), expected[order])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert all(pool.map(read, range(40)))
