@@ -265,6 +265,7 @@ class Batches(torch.utils.data.IterableDataset):
         self.position = 0
         """Batches that were handed out."""
         self._running: Generator[Batch | RaggedBatch, None, None] | None = None
+        self._quick = False
         self._buffers = _Buffers(pin)
 
     def __len__(self) -> int:
@@ -337,15 +338,14 @@ class Batches(torch.utils.data.IterableDataset):
 
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as reading:
             loading: deque = deque()
-            quick = False
             try:
                 while True:
-                    while not quick and len(loading) < ahead and (one := next(ids, None)) is not None:
+                    while not self._quick and len(loading) < ahead and (one := next(ids, None)) is not None:
                         loading.append(reading.submit(load, one))
                     if loading:
-                        batch, quick = loading.popleft().result()
+                        batch, self._quick = loading.popleft().result()
                     elif (one := next(ids, None)) is not None:
-                        batch, quick = load(one)
+                        batch, self._quick = load(one)
                     else:
                         return
                     self.position += workers

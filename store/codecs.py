@@ -140,9 +140,9 @@ def decode_blosc(frame: bytes | memoryview, out: np.ndarray, items: int) -> None
         When it is damaged or of another size.
     """
     frame = memoryview(frame)
-    if out.itemsize == 2 and items <= _OWN_ITEMS and len(frame) >= _OWN.size + items + 4:
-        head, size, first, low = _OWN.unpack_from(frame)
-        if (head, size, first, low) == (_own_head(items), len(frame), _BLOSC.size, items):
+    if out.itemsize == 2 and items <= _OWN_ITEMS and len(frame) >= _OWN.size:
+        head, size, first = _OWN.unpack_from(frame)
+        if (head, size, first) == (_own_head(items), len(frame), _BLOSC.size):
             _decode_own(frame, out.reshape(-1).view(np.uint16), items)
             return
     if len(frame) < _BLOSC.size:
@@ -164,7 +164,7 @@ def decode_blosc(frame: bytes | memoryview, out: np.ndarray, items: int) -> None
         out.reshape(-1)[:] = whole[: out.size]
 
 
-_OWN = struct.Struct("<12s3I")  # how a frame begins up to its size, its size, its first block, size of the low plane
+_OWN = struct.Struct("<12s2I")  # how a frame begins up to its size, its size, where its first block is
 
 
 @functools.lru_cache(1024)
@@ -173,18 +173,22 @@ def _own_head(items: int) -> bytes:
 
 
 def _decode_own(frame: memoryview, out: np.ndarray, items: int) -> None:
-    """Decode a frame of one block of two byte planes, the low one raw, as ``encode_blosc`` makes most of them.
+    """Decode a frame of one block of two byte planes, as ``encode_blosc`` makes them.
 
     c-blosc sets up zstd anew for every stream, which takes longer than to decode a small one.
     """
-    place = _OWN.size + items
-    if int.from_bytes(frame[place : place + 4], "little") != len(frame) - place - 4:
+    begin = _OWN.size + 4
+    middle = begin + int.from_bytes(frame[begin - 4 : begin], "little")
+    if middle + 4 > len(frame) or int.from_bytes(frame[middle : middle + 4], "little") != len(frame) - middle - 4:
         raise ValueError("a Blosc frame whose parts do not fit it")
-    low, high = np.frombuffer(frame, np.uint8, out.size, _OWN.size), frame[place + 4 :]
-    plane = np.frombuffer(high, np.uint8) if len(high) == items else _decompress(high, items)
-    # NumPy widens in pieces that stay in the nearest cache.
-    np.multiply(plane[: out.size], 256, out=out, dtype=np.uint16)
-    np.bitwise_or(out, low, out=out)
+    low, high = (
+        np.frombuffer(stream, np.uint8) if len(stream) == items else _decompress(stream, items)
+        for stream in (frame[begin:middle], frame[middle + 4 :])
+    )
+    # NumPy widens in pieces that stay in the nearest cache. Pieces of our own would cost threads more for taking the
+    # interpreter from each other.
+    np.multiply(high[: out.size], 256, out=out, dtype=np.uint16)
+    np.bitwise_or(out, low[: out.size], out=out)
 
 
 # ----------------------------------------------------------------------------------------------------------- codecs
