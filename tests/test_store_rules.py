@@ -1020,10 +1020,11 @@ def test_rule_3_6_scales_and_words_are_the_same_everywhere():
         state = (state * 1103515245 + 12345) % 2**31
         bits[place] = 0x3C00 + (state >> 8) % 0x500 + 0x8000 * (state >> 30)
     found = {}
-    for name in ("planes", "int8", "fp8"):
-        base, channels, tokens, words = unscaled(frame_of(name, bits), name, 40, 24)
-        text = canonical([base, channels.tolist(), tokens.tolist(), words.tolist()])
-        found[name] = sha256(text)[:16]
+    with mock.patch("store.codecs.Planes.tried_values", 0):  # with scales, though the chunk is small
+        for name in ("planes", "int8", "fp8"):
+            base, channels, tokens, words = unscaled(frame_of(name, bits), name, 40, 24)
+            text = canonical([base, channels.tolist(), tokens.tolist(), words.tolist()])
+            found[name] = sha256(text)[:16]
     assert found == {"planes": "191cebeef5d40f7f", "int8": "9a9b01c7a188e52f", "fp8": "95357d05f7ceda55"}
 
 
