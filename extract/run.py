@@ -71,9 +71,8 @@ class Extractor:
     def encode(self, pairs: Sequence[tuple], names: Sequence[str]) -> list[dict]:
         """States, attention rows and token tables of a batch, as `store.Writer`'s ``add`` takes them, per sample."""
         with self.clock("prepare"):
-            batch = self.conditioner.batch(pairs)
-            tables = self.conditioner.tokens(batch, names).partition_by("sample", maintain_order=True)
-            batch = batch.to(self.model.device)
+            prepared = [self.conditioner.prepare(*pair, name) for pair, name in zip(pairs, names, strict=True)]
+            batch = self.conditioner.collate(prepared).to(self.model.device)
         plan, mask = self.plan, batch.query_mask
         rows = {"row_layers": plan.attention_layers, "query_mask": mask} if plan.attention else {}
         mode = ("mean" if plan.attention_heads is None else "heads") if plan.attention else None
@@ -82,7 +81,7 @@ class Extractor:
             given = [self._kept(done, batch, number) for number in range(len(pairs))]
         if plan.part:  # layers that are added have the tokens of those that were there
             return given
-        return [one | {"tokens": table.drop("sample")} for one, table in zip(given, tables, strict=True)]
+        return [one | {"tokens": sample.tokens} for one, sample in zip(given, prepared, strict=True)]
 
     def _kept(self, done: Pass, batch: Batch, number: int) -> dict[str, np.ndarray]:
         """What is kept of one sample of a pass, moved to the CPU."""
@@ -123,7 +122,9 @@ class Planner:
     @cached_property
     def conditioner(self) -> Conditioner:
         """Counts tokens; has no model."""
-        return Conditioner(self.processor, editing_template(), self.config.positions)
+        return Conditioner(
+            self.processor, editing_template(), self.config.positions, AutoConfig.from_pretrained(self.folder)
+        )
 
     def plan_of(self, samples: pl.DataFrame) -> store.Plan:
         """The plan for a samples table."""
@@ -290,8 +291,8 @@ def make_extractor(
     return Extractor(
         config,
         model,
-        Conditioner(processor, editing_template(), config.positions, model),
-        Conditioner(processor, GROUND_TEMPLATE, "mrope", model),
+        Conditioner(processor, editing_template(), config.positions, model.config),
+        Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config),
         plan,
         clock,
     )

@@ -1,20 +1,21 @@
 """The conditioning sequence: (picture, instruction) as the model's inputs, with a table that says what each token is.
 
 The sequence is the editing pipeline's own [ABP §3.1]: its template around image and instruction, of which the system
-part is dropped from what is kept. Instruction and template never share a token, because special tokens stand between
-them; so the template is tokenized once and instructions by themselves, which also makes planning cheap.
+part is dropped from what is kept. Samples are prepared one by one, without weights and in any process, then collated.
 """
 
+import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
 import polars as pl
+import pyarrow as pa
 import torch
 from PIL import Image
 from torch import nn
+from transformers import PretrainedConfig, Qwen2_5_VLModel
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from extract.omniedit import EMPTY_PROMPT, SPECIAL_TOKENS, BadSample
@@ -23,13 +24,14 @@ from extract.prompts import fill
 IMAGE_PAD = "<|image_pad|>"
 USER_TURN = "<|im_start|>user"
 
+KINDS = pl.Enum(["image", "instruction", "template"])
 TOKEN_SCHEMA = {
     "sample": pl.String,
     "position": pl.Int32,
     "slot": pl.Int32,
     "token_id": pl.Int32,
     "text": pl.String,
-    "kind": pl.Enum(["image", "instruction", "template"]),
+    "kind": KINDS,
     "word": pl.Int32,
     "row": pl.Int32,
     "col": pl.Int32,
@@ -47,10 +49,48 @@ class TokenCount(NamedTuple):
 
 
 class Encoded(NamedTuple):
-    """An instruction's token ids, and per token the whitespace-separated word it belongs to (-1: none)."""
+    """The whole text as tokens, one for the image.
+
+    ``ids`` int64 ``[u]``; ``query`` bool ``[u]``: the instruction's; ``words`` int64 ``[q]``: the blank-separated word
+    of the instruction that each of those belongs to (-1: none).
+    """
 
     ids: np.ndarray
+    query: np.ndarray
     words: np.ndarray
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """One sample as the model gets it, unpadded, with what each of its tokens is; made without weights.
+
+    Attributes
+    ----------
+    sample_id
+        Its name.
+    ids
+        Token ids, int64 ``[t]``.
+    pixels
+        What the stock image processor gives for the picture.
+    positions
+        Position ids, int64 ``[3, t]``.
+    image, text, query
+        Bool ``[t]``: the kept image tokens, the other kept tokens, and the instruction's among them.
+    source_size
+        ``(width, height)`` of the picture.
+    tokens
+        One row per kept token, in `TOKEN_SCHEMA` without ``sample``.
+    """
+
+    sample_id: str
+    ids: torch.Tensor
+    pixels: Mapping[str, torch.Tensor]
+    positions: torch.Tensor
+    image: torch.Tensor
+    text: torch.Tensor
+    query: torch.Tensor
+    source_size: tuple[int, int]
+    tokens: pl.DataFrame
 
 
 @dataclass(frozen=True)
@@ -64,28 +104,22 @@ class Batch:
         ``pixel_values`` float32 ``[patches, …]``, ``image_grid_thw`` int64 ``[b, 3]``.
     image_mask, text_mask, query_mask
         Bool ``[b, t]``: the kept image tokens, the other kept tokens, and the instruction's among them.
-    source_sizes
-        ``(width, height)`` of each picture before the processor resized it.
-    encoded
-        The instructions' tokens.
     """
 
     inputs: Mapping[str, torch.Tensor]
     image_mask: torch.Tensor
     text_mask: torch.Tensor
     query_mask: torch.Tensor
-    source_sizes: tuple[tuple[int, int], ...]
-    encoded: tuple[Encoded, ...]
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on ``device``."""
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
         masks = (mask.to(device, non_blocking=True) for mask in (self.image_mask, self.text_mask, self.query_mask))
-        return Batch(inputs, *masks, self.source_sizes, self.encoded)
+        return Batch(inputs, *masks)
 
 
 class Conditioner:
-    """Turns (picture, instruction) into what the model reads, and says what each token is.
+    """Turns (picture, instruction) into what the model reads, and says what each token is. Holds no weights; pickles.
 
     Parameters
     ----------
@@ -94,35 +128,26 @@ class Conditioner:
     template
         Chat text with one image placeholder and ``{}`` for the instruction (`extract.prompts`).
     positions
-        ``mrope``: the model's 3-D positions, asked of the model explicitly. ``sequential``: 0 … t-1 on all three
-        axes, which is what a caller gets who forgets ``mm_token_type_ids``.
-    model
-        Whose ``get_rope_index`` gives the positions; only ``batch`` under ``mrope`` needs it.
+        ``mrope``: the model's 3-D positions, asked of the model's class explicitly. ``sequential``: 0 … t-1 on all
+        three axes, which is what a caller gets who forgets ``mm_token_type_ids``.
+    config
+        The checkpoint's configuration, which the model's positions depend on.
     """
 
-    def __init__(
-        self,
-        processor,
-        template: str,
-        positions: Literal["mrope", "sequential"] = "mrope",
-        model: nn.Module | None = None,
-    ):
+    def __init__(self, processor, template: str, positions: Literal["mrope", "sequential"], config: PretrainedConfig):
         if positions not in ("mrope", "sequential"):
             raise ValueError(f"positions is {positions!r}: 'mrope' or 'sequential'")
         self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
-        self.template, self.positions, self.model = template, positions, model
-        before, after = fill(template, "\0").split("\0")
-        system = before[: before.index(USER_TURN)]
+        self.template, self.positions, self.config = template, positions, config
         self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
         self.pad_token_id = self.tokenizer.pad_token_id
-        self.drop = len(self._ids(system))
-        self.before, self.after = self._ids(before), self._ids(after)
+        self.drop = len(self.tokenizer(template[: template.index(USER_TURN)])["input_ids"])
         self._added = np.array(sorted(self.tokenizer.get_added_vocab().values()))
-        (self._image_at,) = np.flatnonzero(self.before == self.image_token_id)
-        self._decoded = lru_cache(maxsize=None)(lambda token_id: self.tokenizer.decode([token_id]))
+        self._decoded: dict[int, str] = {}
+        self._skeleton: nn.Module | None = None
 
-    def _ids(self, text: str) -> np.ndarray:
-        return np.array(self.tokenizer(text, add_special_tokens=False)["input_ids"], dtype=np.int64)
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_skeleton": None}
 
     def resized_size(self, width: int, height: int) -> tuple[int, int]:
         """``(width, height)`` to which the processor resizes a picture; each axis is rounded on its own."""
@@ -138,136 +163,151 @@ class Conditioner:
         return resized_height // factor, resized_width // factor
 
     def encode(self, instruction: str) -> Encoded:
-        """The instruction's tokens and words.
+        """The tokens of the whole text around ``instruction``, and which of them are its own.
+
+        They are found by their place in the text: a token that holds template and instruction is the instruction's
+        only if it begins inside it.
 
         Raises
         ------
         BadSample
             It has no tokens, or it contains one of the tokenizer's added tokens, which would break the sequence.
         """
-        encoding = self.tokenizer(instruction, add_special_tokens=False, return_offsets_mapping=True)
-        ids = np.array(encoding["input_ids"], dtype=np.int64)
-        if not instruction.strip() or not len(ids):
+        if not instruction.strip():
             raise BadSample(EMPTY_PROMPT)
-        if len(special := ids[np.isin(ids, self._added)]):
-            raise BadSample(SPECIAL_TOKENS, self._decoded(int(special[0])))
+        encoding = self.tokenizer(fill(self.template, instruction), return_offsets_mapping=True)
+        ids = np.array(encoding["input_ids"], dtype=np.int64)
+        starts, ends = np.array(encoding["offset_mapping"], dtype=np.int64).T - self.template.index("{}")
+        query = (starts >= 0) & (starts < len(instruction))
+        if not query.any():
+            raise BadSample(EMPTY_PROMPT)
+        if len(special := ids[query & np.isin(ids, self._added)]):
+            raise BadSample(SPECIAL_TOKENS, *self._texts([int(special[0])]))
         blank = np.array([character.isspace() for character in instruction])
-        word_of = np.where(blank, -1, np.cumsum(~blank & np.r_[True, blank[:-1]]) - 1)
+        word_of = np.cumsum(~blank & np.r_[True, blank[:-1]]) - 1
         # A token belongs to the word of its first visible character: " cube" starts with a blank.
-        words = [next((w for w in word_of[start:end] if w >= 0), -1) for start, end in encoding["offset_mapping"]]
-        return Encoded(ids, np.array(words, dtype=np.int64))
+        visible = np.where(blank, len(blank), np.arange(len(blank)))
+        first = np.minimum.accumulate(visible[::-1])[::-1][starts[query]]
+        words = np.where(first < ends[query], word_of[np.minimum(first, len(blank) - 1)], -1)
+        return Encoded(ids, query, words)
 
     def count_tokens(self, width: int, height: int, instruction: str) -> TokenCount:
-        """The tokens of a sample, exactly as `batch` will give them, without touching pixels (raises `BadSample`)."""
+        """The tokens of a sample, exactly as `prepare` will give them, without touching pixels (raises `BadSample`)."""
         rows, cols = self.grid(width, height)
-        n_query = len(self.encode(instruction).ids)
-        return TokenCount(rows * cols, len(self.before) - 1 - self.drop + n_query + len(self.after), n_query)
+        encoded = self.encode(instruction)
+        return TokenCount(rows * cols, len(encoded.ids) - 1 - self.drop, int(encoded.query.sum()))
 
-    def batch(
-        self, samples: Sequence[tuple[Image.Image, str]], padding_side: Literal["right", "left"] = "right"
-    ) -> Batch:
-        """The inputs of several (RGB picture, instruction); padded on the right, but for decoding on the left.
+    def prepare(self, picture: Image.Image, instruction: str, sample_id: str = "") -> Prepared:
+        """One sample (RGB picture) as the model gets it; needs no weights and runs in any process.
 
         Raises
         ------
         BadSample
-            An instruction is refused by `encode`.
-        ValueError
-            Positions are ``mrope`` and no model was given.
+            The instruction is refused by `encode`.
         """
-        encoded = tuple(self.encode(instruction) for _, instruction in samples)
-        pictures = [picture for picture, _ in samples]
-        pixels = self.image_processor(images=pictures, return_tensors="pt")
-        n_images = (pixels["image_grid_thw"].prod(1) // self.image_processor.merge_size**2).tolist()
-        fixed = len(self.before) - 1 + len(self.after)
-        lengths = [fixed + n_image + len(one.ids) for n_image, one in zip(n_images, encoded, strict=True)]
-        shape = len(samples), max(lengths)
-        ids = np.full(shape, self.pad_token_id, dtype=np.int64)
-        mask, image, text, query = (np.zeros(shape, dtype=bool) for _ in range(4))
-        for number, (n_image, one, length) in enumerate(zip(n_images, encoded, lengths, strict=True)):
-            at = slice(0, length) if padding_side == "right" else slice(shape[1] - length, shape[1])
-            image_start, ask = self._image_at, len(self.before) - 1 + n_image
-            ids[number, at] = self._sequence(n_image, one)
-            mask[number, at] = True
-            image[number, at][image_start : image_start + n_image] = True
-            text[number, at][self.drop :] = True
-            query[number, at][ask : ask + len(one.ids)] = True
+        encoded = self.encode(instruction)
+        pixels = dict(self.image_processor(images=[picture], return_tensors="pt"))
+        rows, cols = self.grid(*picture.size)
+        repeats = np.where(encoded.ids == self.image_token_id, rows * cols, 1)
+        ids = np.repeat(encoded.ids, repeats)
+        image, query = ids == self.image_token_id, np.repeat(encoded.query, repeats)
+        text = ~image & (np.arange(len(ids)) >= self.drop)
+        positions = self._positions(ids, image, pixels)
+        tokens = self._table(ids, image, query, encoded.words, positions, picture.size)
+        arrays = (torch.from_numpy(array) for array in (image, text, query))
+        return Prepared(sample_id, torch.from_numpy(ids), pixels, positions, *arrays, picture.size, tokens)
+
+    def collate(self, prepared: Sequence[Prepared], padding_side: Literal["right", "left"] = "right") -> Batch:
+        """The inputs of several samples in their order; padded on the right, but for decoding on the left."""
+        length = max(len(one.ids) for one in prepared)
+
+        def pad(tensor: torch.Tensor, value: int = 0) -> torch.Tensor:
+            missing = length - tensor.shape[-1]
+            return nn.functional.pad(tensor, (0, missing) if padding_side == "right" else (missing, 0), value=value)
+
+        image, text, query = (
+            torch.stack([pad(getattr(one, name)) for one in prepared]) for name in ("image", "text", "query")
+        )
         inputs = {
-            "input_ids": torch.from_numpy(ids),
-            "attention_mask": torch.from_numpy(mask.astype(np.int64)),
-            "mm_token_type_ids": torch.from_numpy(image.astype(np.int64)),
-            "pixel_values": pixels["pixel_values"],
-            "image_grid_thw": pixels["image_grid_thw"],
+            "input_ids": torch.stack([pad(one.ids, self.pad_token_id) for one in prepared]),
+            "attention_mask": torch.stack([pad(torch.ones_like(one.ids)) for one in prepared]),
+            "mm_token_type_ids": image.long(),
+            "position_ids": torch.stack([pad(one.positions) for one in prepared], dim=-2),
+            **{name: torch.cat([one.pixels[name] for one in prepared]) for name in prepared[0].pixels},
         }
-        inputs["position_ids"] = self._positions(inputs)
-        masks = (torch.from_numpy(image), torch.from_numpy(text & ~image), torch.from_numpy(query))
-        return Batch(inputs, *masks, tuple(picture.size for picture in pictures), encoded)
+        return Batch(inputs, image, text, query)
 
-    def _sequence(self, n_image: int, one: Encoded) -> np.ndarray:
-        """The whole sequence, the image placeholder repeated once per image token."""
-        before = np.repeat(self.before, np.where(np.arange(len(self.before)) == self._image_at, n_image, 1))
-        return np.concatenate([before, one.ids, self.after])
+    def batch(
+        self, samples: Sequence[tuple[Image.Image, str]], padding_side: Literal["right", "left"] = "right"
+    ) -> Batch:
+        """The inputs of several (RGB picture, instruction), prepared and collated here (raises `BadSample`)."""
+        return self.collate([self.prepare(picture, instruction) for picture, instruction in samples], padding_side)
 
-    def _positions(self, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Position ids ``[3, b, t]``, never left to the model to guess."""
-        batch, length = inputs["input_ids"].shape
+    def _positions(self, ids: np.ndarray, image: np.ndarray, pixels: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Position ids ``[3, t]`` of an unpadded sequence, never left to the model to guess."""
         if self.positions == "sequential":
-            steps = inputs["attention_mask"].cumsum(1) - 1
-            return steps.clamp(min=0).expand(3, batch, length).clone()
-        if self.model is None:
-            raise ValueError("the model's positions need the model: Conditioner(…, model=model)")
-        core = self.model if hasattr(self.model, "get_rope_index") else self.model.model
-        names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-        positions, _ = core.get_rope_index(**{name: inputs[name] for name in names})
-        return positions
+            return torch.arange(len(ids)).expand(3, -1).clone()
+        if self._skeleton is None:
+            with torch.device("meta"):
+                self._skeleton = Qwen2_5_VLModel(copy.deepcopy(self.config))
+        positions, _ = self._skeleton.get_rope_index(
+            input_ids=torch.from_numpy(ids)[None],
+            mm_token_type_ids=torch.from_numpy(image.astype(np.int64))[None],
+            image_grid_thw=pixels["image_grid_thw"],
+        )
+        return positions[:, 0]
 
-    def tokens(self, batch: Batch, sample_ids: Sequence[str]) -> pl.DataFrame:
-        """One row per kept token of a batch, samples in their order, tokens in theirs.
+    def _texts(self, ids: Sequence[int]) -> list[str]:
+        """What each token decodes to by itself."""
+        for token_id in set(ids) - self._decoded.keys():
+            self._decoded[token_id] = self.tokenizer.decode([token_id])
+        return [self._decoded[token_id] for token_id in ids]
+
+    def _table(
+        self,
+        ids: np.ndarray,
+        image: np.ndarray,
+        query: np.ndarray,
+        words: np.ndarray,
+        positions: torch.Tensor,
+        size: tuple[int, int],
+    ) -> pl.DataFrame:
+        """The rows of one sample's kept tokens.
 
         ``position`` is the index in the unpadded sequence, ``slot`` the index among the sample's kept image tokens
         or among its kept other tokens; ``px1 … py2`` is the part of the source picture that an image token stands
         for, each axis mapped on its own. ``word, row, col`` and the pixel box are null where they mean nothing.
         """
-        inputs = {name: batch.inputs[name].cpu().numpy() for name in ("input_ids", "attention_mask", "position_ids")}
-        tables = []
-        samples = zip(sample_ids, batch.source_sizes, batch.encoded, strict=True)
-        for number, (sample_id, size, one) in enumerate(samples):
-            real = inputs["attention_mask"][number].astype(bool)
-            positions = inputs["position_ids"][:, number, real][:, self.drop :]
-            ids = inputs["input_ids"][number, real][self.drop :]
-            tables.append(self._table(sample_id, ids, positions, size, one))
-        return pl.concat(tables)
-
-    def _table(
-        self, sample_id: str, ids: np.ndarray, positions: np.ndarray, size: tuple[int, int], one: Encoded
-    ) -> pl.DataFrame:
-        """The rows of one sample: ``ids`` ``[t]`` and ``positions`` ``[3, t]`` of its kept tokens."""
+        ids, image, query = ids[self.drop :], image[self.drop :], query[self.drop :]
         rows, cols = self.grid(*size)
-        start = self._image_at - self.drop
-        index = np.arange(len(ids)) - start
-        image = (index >= 0) & (index < rows * cols)
-        first = len(ids) - len(self.after) - len(one.ids)
-        query = (np.arange(len(ids)) >= first) & (np.arange(len(ids)) < first + len(one.ids))
-        word = np.full(len(ids), -1)
-        word[query] = one.words
-        row, col = np.where(image, index // cols, -1), np.where(image, index % cols, -1)
+        row, col = np.divmod(np.arange(rows * cols), cols)
         wide, high = size[0] / cols, size[1] / rows
-        edges = {"px1": col * wide, "py1": row * high, "px2": (col + 1) * wide, "py2": (row + 1) * high}
 
-        def where(known: np.ndarray, values: np.ndarray) -> pl.Series:
-            return pl.Series(values).set(pl.Series(~known), None)
+        worded = query.copy()
+        worded[query] = words >= 0
 
-        columns = {
-            "sample": [sample_id] * len(ids),
-            "position": np.arange(len(ids)) + self.drop,
-            "slot": np.where(image, index, np.cumsum(~image) - 1),
-            "token_id": ids,
-            "text": [self._decoded(token_id) for token_id in ids.tolist()],
-            "kind": np.select([image, query], ["image", "instruction"], "template").tolist(),
-            "word": where(word >= 0, word),
-            "row": where(image, row),
-            "col": where(image, col),
-            **{name: where(image, values) for name, values in edges.items()},
-            **dict(zip(("pos_t", "pos_h", "pos_w"), positions, strict=True)),
-        }
-        return pl.DataFrame({name: pl.Series(name, columns[name]).cast(kind) for name, kind in TOKEN_SCHEMA.items()})
+        def known(name: str, places: np.ndarray, values: np.ndarray, kind: type = np.int32) -> pl.Series:
+            column = np.zeros(len(ids), dtype=kind)
+            column[places] = values
+            return pl.Series(name, pa.array(column, mask=~places))
+
+        slot = np.where(image, np.cumsum(image), np.cumsum(~image)).astype(np.int32) - 1
+        kind = np.where(image, 0, np.where(query, 1, 2)).astype(np.uint8)
+        rotary = zip(("pos_t", "pos_h", "pos_w"), positions[:, self.drop :].int().numpy(), strict=True)
+        return pl.DataFrame(
+            [
+                pl.Series("position", np.arange(self.drop, self.drop + len(ids), dtype=np.int32)),
+                pl.Series("slot", slot),
+                pl.Series("token_id", ids.astype(np.int32)),
+                pl.Series("text", self._texts(ids.tolist())),
+                pl.Series("kind", kind).cat.to(KINDS),
+                known("word", worded, words[words >= 0]),
+                known("row", image, row),
+                known("col", image, col),
+                known("px1", image, col * wide, np.float32),
+                known("py1", image, row * high, np.float32),
+                known("px2", image, (col + 1) * wide, np.float32),
+                known("py2", image, (row + 1) * high, np.float32),
+                *(pl.Series(name, values) for name, values in rotary),
+            ]
+        )

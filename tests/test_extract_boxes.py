@@ -69,7 +69,7 @@ def model(tiny_model):
 
 
 def test_a_batch_says_what_each_sample_says_alone(processor, model):
-    conditioner = Conditioner(processor, GROUND_TEMPLATE, model=model)
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
     together = generate_boxes(model, conditioner, SAMPLES, max_new_tokens=12)
     alone = [generate_boxes(model, conditioner, [sample], max_new_tokens=12)[0] for sample in SAMPLES]
     assert together == alone
@@ -77,7 +77,7 @@ def test_a_batch_says_what_each_sample_says_alone(processor, model):
 
 
 def test_decoding_uses_the_models_own_positions(processor, model):
-    conditioner = Conditioner(processor, GROUND_TEMPLATE, model=model)
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
     batch = conditioner.batch(SAMPLES, padding_side="left")
     seen = []
     hook = model.model.language_model.register_forward_pre_hook(
@@ -105,7 +105,7 @@ def scripted(model, answers):
 
 
 def test_decoding_stops_when_every_box_is_complete(processor, model):
-    conditioner = Conditioner(processor, GROUND_TEMPLATE, model=model)
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
     says = ['{"bbox_2d": [0, 28, 70, 42]} and so on, and so on, for ever', 'cat {"bbox_2d": [1, 2, 3, 4]} and so on']
     script = [processor.tokenizer(text)["input_ids"] for text in says]
     hook, steps = scripted(model, script)
@@ -120,7 +120,7 @@ def test_decoding_stops_when_every_box_is_complete(processor, model):
 
 
 def test_the_checkpoints_sampling_defaults_do_not_bend_greedy_decoding(processor, model, monkeypatch):
-    conditioner = Conditioner(processor, GROUND_TEMPLATE, model=model)
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
     plain = generate_boxes(model, conditioner, SAMPLES, max_new_tokens=8)
     defaults = {
         "do_sample": True,

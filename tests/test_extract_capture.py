@@ -28,7 +28,7 @@ def gqa(tiny_model):
 
 
 def make_batch(processor, model, samples, positions="mrope"):
-    return Conditioner(processor, editing_template(), positions, model).batch(samples)
+    return Conditioner(processor, editing_template(), positions, model.config).batch(samples)
 
 
 def stock(model, inputs, **wanted):

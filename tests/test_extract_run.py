@@ -87,7 +87,7 @@ def test_a_store_holds_what_the_stock_class_computes(config, whole):
     opened = store.open(whole)
     rows = pl.concat([pl.read_parquet(p) for p in sorted(Path(config.data).glob("*.parquet"))])
     sources = dict(zip(rows["omni_edit_id"], rows["src_img"], strict=True))
-    conditioner = Conditioner(processor, editing_template(), "mrope", model)
+    conditioner = Conditioner(processor, editing_template(), "mrope", model.config)
     for index in (0, 37):
         row = opened.samples.row(index, named=True)
         batch = conditioner.batch([(decode(sources[row["sample_id"]]["bytes"]), row["instruction"])])

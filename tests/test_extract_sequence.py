@@ -1,5 +1,8 @@
 """The conditioning sequence is the stock processor's, and the token table says truly what each token is."""
 
+import multiprocessing
+import pickle
+
 import polars as pl
 import pytest
 import torch
@@ -7,6 +10,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from extract.capture import layer_names, single_pass
 from extract.omniedit import BadSample
 from extract.prompts import GROUND_TEMPLATE, editing_template, editing_text, ground_text
 from extract.sequence import TOKEN_SCHEMA, Conditioner
@@ -18,8 +22,8 @@ SAMPLES = [
 
 
 @pytest.fixture(scope="module")
-def conditioner(processor, tiny_model):
-    return Conditioner(processor, editing_template(), model=tiny_model())
+def conditioner(processor, tiny_config):
+    return Conditioner(processor, editing_template(), "mrope", tiny_config())
 
 
 def kept_lengths(batch):
@@ -30,8 +34,8 @@ def kept_lengths(batch):
 
 @pytest.mark.parametrize(("template", "text"), [(editing_template(), editing_text), (GROUND_TEMPLATE, ground_text)])
 @pytest.mark.parametrize("side", ["right", "left"])
-def test_the_inputs_equal_the_stock_processors(processor, tiny_model, template, text, side):
-    batch = Conditioner(processor, template, model=tiny_model()).batch(SAMPLES, padding_side=side)
+def test_the_inputs_equal_the_stock_processors(processor, tiny_config, template, text, side):
+    batch = Conditioner(processor, template, "mrope", tiny_config()).batch(SAMPLES, padding_side=side)
     pictures, instructions = zip(*SAMPLES, strict=True)
     texts = [text(instruction) for instruction in instructions]
     stock = processor(text=texts, images=list(pictures), padding=True, padding_side=side, return_tensors="pt")
@@ -70,39 +74,62 @@ def test_counts_are_those_of_the_batch(conditioner, width, height, instruction):
     assert tuple(conditioner.count_tokens(width, height, instruction)) == kept_lengths(batch)[0]
     rows, cols = batch.inputs["image_grid_thw"][0, 1:].tolist()
     assert conditioner.resized_size(width, height) == (cols * 14, rows * 14)
-    table = conditioner.tokens(batch, ["a"])
+    table = conditioner.prepare(Image.new("RGB", (width, height)), instruction).tokens
     assert table.filter(pl.col("kind") == "instruction").height == batch.query_mask.sum()
     assert table["word"].drop_nulls().unique().sort().to_list() == list(range(len(instruction.split())))
 
 
-def test_own_positions_are_the_models_and_sequential_ones_count(processor, conditioner):
+def test_own_positions_are_the_models_and_sequential_ones_count(processor, conditioner, tiny_model):
     batch = conditioner.batch(SAMPLES)
     names = ("input_ids", "mm_token_type_ids", "image_grid_thw", "attention_mask")
-    expected, _ = conditioner.model.model.get_rope_index(**{name: batch.inputs[name] for name in names})
-    assert batch.inputs["position_ids"].equal(expected)
-    plain = Conditioner(processor, editing_template(), "sequential").batch(SAMPLES).inputs
-    real = plain["attention_mask"].bool()
+    model = tiny_model()
+    expected, _ = model.model.get_rope_index(**{name: batch.inputs[name] for name in names})
+    real = batch.inputs["attention_mask"].bool()
+    assert not real.all()
+    assert batch.inputs["position_ids"][:, real].equal(expected[:, real])
+    plain = Conditioner(processor, editing_template(), "sequential", model.config).batch(SAMPLES).inputs
     steps = torch.arange(real.shape[1]).expand(3, *real.shape)
     assert plain["position_ids"][:, real].equal(steps[:, real])
     assert not plain["position_ids"].equal(expected)
-
-
-def test_own_positions_without_a_model_are_refused(processor):
-    with pytest.raises(ValueError, match="need the model"):
-        Conditioner(processor, editing_template()).batch(SAMPLES)
     with pytest.raises(ValueError, match="'mrope' or 'sequential'"):
-        Conditioner(processor, editing_template(), "1d")
+        Conditioner(processor, editing_template(), "1d", model.config)
+
+
+def test_a_pass_over_collated_samples_is_the_one_over_the_stock_processors_batch(processor, conditioner, tiny_model):
+    model = tiny_model()
+    batch = conditioner.batch(SAMPLES)
+    texts = [editing_text(instruction) for _, instruction in SAMPLES]
+    pictures = [picture for picture, _ in SAMPLES]
+    stock = dict(processor(text=texts, images=pictures, padding=True, padding_side="right", return_tensors="pt"))
+    stock["position_ids"], _ = model.model.get_rope_index(
+        **{name: tensor for name, tensor in stock.items() if name != "pixel_values"}
+    )
+    ours, theirs = (single_pass(model, inputs, layer_names(model)).hidden for inputs in (batch.inputs, stock))
+    assert ours.equal(theirs)
+
+
+def test_samples_are_prepared_by_another_process_as_here(conditioner):
+    before = pickle.dumps(conditioner)
+    here = [conditioner.prepare(*sample, str(number)) for number, sample in enumerate(SAMPLES)]
+    assert len(pickle.dumps(conditioner)) < 2 * len(before)  # what was built to prepare is not sent along
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        there = pool.starmap(conditioner.prepare, [(*sample, str(number)) for number, sample in enumerate(SAMPLES)])
+    for one, other in zip(here, there, strict=True):
+        assert (one.sample_id, one.source_size) == (other.sample_id, other.source_size)
+        assert one.tokens.equals(other.tokens)
+        for name in ("ids", "positions", "image", "text", "query"):
+            assert getattr(one, name).equal(getattr(other, name)), name
+        assert all(tensor.equal(other.pixels[name]) for name, tensor in one.pixels.items())
 
 
 @pytest.mark.parametrize("side", ["right", "left"])
 def test_the_token_table(conditioner, side):
-    batch = conditioner.batch(SAMPLES, padding_side=side)
-    table = conditioner.tokens(batch, ["first", "second"])
-    assert dict(table.schema) == {
-        name: kind() if isinstance(kind, type) else kind for name, kind in TOKEN_SCHEMA.items()
-    }
-    for number, (name, (picture, instruction)) in enumerate(zip(("first", "second"), SAMPLES, strict=True)):
-        mine = table.filter(pl.col("sample") == name)
+    prepared = [conditioner.prepare(*sample) for sample in SAMPLES]
+    batch = conditioner.collate(prepared, padding_side=side)
+    for number, (one, (picture, instruction)) in enumerate(zip(prepared, SAMPLES, strict=True)):
+        mine = one.tokens
+        expected = pl.Schema({name: kind for name, kind in TOKEN_SCHEMA.items() if name != "sample"})
+        assert list(mine.schema.items()) == list(expected.items())
         counts = conditioner.count_tokens(*picture.size, instruction)
         image = mine.filter(pl.col("kind") == "image")
         other = mine.filter(pl.col("kind") != "image")
@@ -114,6 +141,8 @@ def test_the_token_table(conditioner, side):
         assert mine["token_id"].to_list() == batch.inputs["input_ids"][number, real][conditioner.drop :].tolist()
         positions = batch.inputs["position_ids"][:, number, real][:, conditioner.drop :]
         assert mine.select("pos_t", "pos_h", "pos_w").to_numpy().T.tolist() == positions.tolist()
+        decode = conditioner.tokenizer.decode
+        assert mine["text"].to_list() == [decode([token_id]) for token_id in mine["token_id"]]
         rows, cols = conditioner.grid(*picture.size)
         assert [tuple(place) for place in image.select("row", "col").rows()] == [
             (row, col) for row in range(rows) for col in range(cols)
@@ -127,8 +156,7 @@ def test_the_token_table(conditioner, side):
 
 def test_pixel_boxes_tile_the_source_picture_each_axis_on_its_own(conditioner):
     size = 150, 100  # resized to 140 × 112: the axes are scaled differently
-    batch = conditioner.batch([(Image.new("RGB", size), "go")])
-    image = conditioner.tokens(batch, ["a"]).filter(pl.col("kind") == "image")
+    image = conditioner.prepare(Image.new("RGB", size), "go").tokens.filter(pl.col("kind") == "image")
     rows, cols = conditioner.grid(*size)
     assert size[0] / cols != size[1] / rows
     area = ((image["px2"] - image["px1"]) * (image["py2"] - image["py1"])).sum()
@@ -139,7 +167,7 @@ def test_pixel_boxes_tile_the_source_picture_each_axis_on_its_own(conditioner):
 
 def test_words_are_those_that_blanks_separate(conditioner):
     instruction = SAMPLES[1][1]
-    table = conditioner.tokens(conditioner.batch([SAMPLES[1]]), ["a"]).filter(pl.col("kind") == "instruction")
+    table = conditioner.prepare(*SAMPLES[1]).tokens.filter(pl.col("kind") == "instruction")
     for word, expected in enumerate(instruction.split()):
         ids = table.filter(pl.col("word") == word)["token_id"].to_list()
         assert conditioner.tokenizer.decode(ids).strip() == expected

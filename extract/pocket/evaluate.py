@@ -94,7 +94,7 @@ def score(boxes: Sequence[Sequence[float] | None], held: Sequence[Held]) -> dict
 
 def ask(model, processor, held: Sequence[Held], batch_size: int, name: str) -> list:
     """The model's boxes for all scenes; scenes of one grid are decoded together."""
-    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model)
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
     order = sorted(range(len(held)), key=lambda i: held[i].image.size)
     boxes: list = [None] * len(held)
     for first in tqdm(range(0, len(order), batch_size), desc=name, unit="batch"):
@@ -107,7 +107,7 @@ def ask(model, processor, held: Sequence[Held], batch_size: int, name: str) -> l
 
 def score_descriptions(model, processor, held: Sequence[Held], batch_size: int) -> dict[str, float]:
     """Under the editing prompt: shares of answers right word for word, whole and by sentence, with their intervals."""
-    conditioner = Conditioner(processor, editing_template(), "mrope", model)
+    conditioner = Conditioner(processor, editing_template(), "mrope", model.config)
     said: list[str] = []
     for first in tqdm(range(0, len(held), batch_size), desc="describe", unit="batch"):
         pairs = [(h.image, h.instruction) for h in held[first : first + batch_size]]
