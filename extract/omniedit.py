@@ -1,4 +1,4 @@
-"""The reader of editing samples in OmniEdit-Filtered's columns, from local parquet shards or streamed from the hub.
+"""Editing samples in OmniEdit-Filtered's columns, from local parquet shards (`extract.rows`) or streamed from the hub.
 
 Whatever the source, every row goes through the same checks and comes out as a `Sample` or as a `SetAside` that
 says why; nothing is skipped silently and one bad row never ends a read.
@@ -6,24 +6,20 @@ says why; nothing is skipped silently and one bad row never ends a read.
 
 import hashlib
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 from PIL import Image, ImageOps
 
+from extract.rows import NOT_EXTRA, REQUIRED, Place, SetAside, Shards, wanted_columns
 from store.errors import Refusal
 
-REQUIRED = ("omni_edit_id", "task", "src_img", "edited_prompt_list")
-NOT_EXTRA = (*REQUIRED, "edited_img", "width", "height", "box")
-
-UNREADABLE_SHARD = "shard cannot be read"
 NO_ID, DUPLICATE = "no id", "duplicate id"
 EMPTY_PROMPT, SPECIAL_TOKENS = "empty prompt", "prompt contains special tokens"
 UNDECODABLE, TRUNCATED = "image cannot be decoded", "image truncated"
@@ -38,7 +34,6 @@ IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
 MIN_SIDE, MAX_SIDE, MAX_ASPECT = 14, 20_000, 200  # smart_resize itself refuses aspect ratios above 200
 MAX_PIXELS = 89_478_485  # Pillow's own bound for decompression bombs
 SPECIAL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
-ROWS_AT_ONCE = 32  # about 50 MB of OmniEdit's pictures
 HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 HUB_BUFFER = 512
 
@@ -49,24 +44,6 @@ class BadSample(ValueError):  # noqa: N818 - a verdict on data, not a fault
     def __init__(self, reason: str, detail: str = ""):
         super().__init__(f"{reason} ({detail})" if detail else reason)
         self.reason, self.detail = reason, detail
-
-
-class Place(NamedTuple):
-    """Where a row lies: the shard (or hub id) and the row in it; ``row`` is null for a shard as a whole."""
-
-    file: str
-    row: int | None
-
-
-@dataclass(frozen=True)
-class SetAside:
-    """What could not be used: ``rows`` rows at ``place``, for ``reason``."""
-
-    sample_id: str | None
-    place: Place
-    reason: str
-    detail: str = ""
-    rows: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -151,7 +128,7 @@ def read(
     checks = Checks(prompt, seed, min_area, max_area, check_pixels, edited)
     path = Path(data).expanduser()
     if path.exists():
-        rows = local_rows(path, split, edited, seed if shuffle else None)
+        rows = Shards(path, split, edited).walk(seed if shuffle else None)
     elif HUB_ID.fullmatch(str(data)):
         rows = hub_rows(str(data), split, edited, seed if shuffle else None)
     else:
@@ -167,23 +144,30 @@ def checked(
     if limit is not None and limit <= 0:
         return
     for item in rows:
-        if isinstance(item, SetAside):
-            yield item
-            continue
-        place, row = item
-        try:
-            sample = sample_of(row, place, checks)
-            if sample.sample_id in seen:
-                raise BadSample(DUPLICATE)
-        except BadSample as bad:
-            name = row.get("omni_edit_id")
-            yield SetAside(None if name is None else str(name), place, bad.reason, bad.detail)
-            continue
-        seen.add(sample.sample_id)
-        yield sample
-        good += 1
-        if good == limit:
-            return
+        verdict = item if isinstance(item, SetAside) else judged(item[1], item[0], checks)
+        if isinstance(verdict, Sample) and verdict.sample_id in seen:
+            verdict = SetAside(verdict.sample_id, verdict.place, DUPLICATE)
+        yield verdict
+        if isinstance(verdict, Sample):
+            seen.add(verdict.sample_id)
+            good += 1
+            if good == limit:
+                return
+
+
+def samples_at(shards: Shards, places: Sequence[Place], checks: Checks) -> Iterator[Sample | SetAside]:
+    """The rows at ``places``, in the order asked, as `checked` gives them; only what they need is read."""
+    for place, row in zip(places, shards.rows(places), strict=True):
+        yield row if isinstance(row, SetAside) else judged(row, place, checks)
+
+
+def judged(row: Mapping[str, Any], place: Place, checks: Checks) -> Sample | SetAside:
+    """The row as a `Sample`, or why it is none."""
+    try:
+        return sample_of(row, place, checks)
+    except BadSample as bad:
+        name = row.get("omni_edit_id")
+        return SetAside(None if name is None else str(name), place, bad.reason, bad.detail)
 
 
 def sample_of(row: Mapping[str, Any], place: Place, checks: Checks) -> Sample:
@@ -300,70 +284,6 @@ def checked_box(box: Any, width: int, height: int, checks: Checks) -> tuple[floa
     if not checks.min_area <= area <= checks.max_area:
         raise BadSample(AREA, f"{area:.5f}")
     return x1, y1, x2, y2
-
-
-def wanted_columns(schema: pa.Schema, edited: bool) -> list[str]:
-    """The columns to read: the known ones and every other scalar one (masks and pictures stay on disk)."""
-    known = {*NOT_EXTRA} - ({"edited_img"} if not edited else set())
-
-    def scalar(kind: pa.DataType) -> bool:
-        return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
-    return [item.name for item in schema if item.name in known or (item.name != "edited_img" and scalar(item.type))]
-
-
-def local_rows(path: Path, split: str, edited: bool, seed: int | None) -> Iterator[Any]:
-    """Rows of the shards at ``path``, in order or permuted; footers are read here and now, rows lazily."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    files = [file for file in files if file.name.startswith(f"{split}-")] or files
-    if not files:
-        raise Refusal(f"{path} has no parquet shard in it")
-    broken, groups, complete = [], [], False
-    for file in files:
-        try:
-            with pq.ParquetFile(file) as shard:
-                complete |= set(REQUIRED) <= set(shard.schema_arrow.names)
-                sizes = [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
-        except (pa.ArrowException, OSError) as error:
-            broken.append(SetAside(None, Place(str(file), None), UNREADABLE_SHARD, str(error)))
-            continue
-        starts = np.cumsum([0, *sizes])
-        groups += [(file, group, int(starts[group]), rows) for group, rows in enumerate(sizes)]
-    if not complete:
-        why = f"{len(broken)} of {len(files)} are damaged; {', '.join(REQUIRED)} are required columns"
-        raise Refusal(f"{path} has no usable parquet shard: {why}")
-    return walk_groups(broken, groups, edited, seed)
-
-
-def walk_groups(broken: list[SetAside], groups: list[tuple], edited: bool, seed: int | None) -> Iterator[Any]:
-    """The rows of all row groups, one row group (in order: a few rows of it) in memory at a time."""
-    yield from broken
-    draw = None if seed is None else np.random.default_rng(seed)
-    for which in range(len(groups)) if draw is None else draw.permutation(len(groups)):
-        file, group, start, rows = groups[which]
-        order = None if draw is None else draw.permutation(rows)
-        done = 0
-        try:
-            with pq.ParquetFile(file) as shard:
-                columns = wanted_columns(shard.schema_arrow, edited)
-                for rank, row in enumerate(group_rows(shard, group, columns, order)):
-                    yield Place(str(file), start + (rank if order is None else int(order[rank]))), row
-                    done = rank + 1
-        except (pa.ArrowException, OSError) as error:
-            yield SetAside(None, Place(str(file), start + done), UNREADABLE_SHARD, str(error), rows - done)
-
-
-def group_rows(
-    shard: pq.ParquetFile, group: int, columns: list[str], order: np.ndarray | None
-) -> Iterator[dict[str, Any]]:
-    """Rows of one row group as dicts, in file order or in ``order``."""
-    if order is None:
-        for batch in shard.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False):
-            yield from batch.to_pylist()
-    else:
-        table = shard.read_row_group(group, columns=columns, use_threads=False)
-        for row in order:
-            yield table.slice(int(row), 1).to_pylist()[0]
 
 
 def hub_rows(name: str, split: str, edited: bool, seed: int | None) -> Iterator[Any]:

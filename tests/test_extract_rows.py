@@ -1,0 +1,213 @@
+"""Rows of shards are had by place, in any order, as a walk over all gives them, and without reading the rest."""
+
+import tempfile
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from extract.omniedit import Checks, Sample, read, samples_at
+from extract.rows import Place, SetAside, Shards
+from store.errors import Refusal
+
+
+def row(number, size=100):
+    return {
+        "omni_edit_id": f"id{number}",
+        "task": "swap",
+        "src_img": {"bytes": np.random.default_rng(number).bytes(size), "path": None},
+        "edited_img": {"bytes": bytes(size), "path": None},
+        "edited_prompt_list": [f"first {number}"],
+        "o_score": number / 2,
+    }
+
+
+def write(path, rows, **given):
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.Table.from_pylist(rows), path, **given)
+    return path
+
+
+def damage(path, group):
+    """Overwrite the pictures of one row group's page with bytes that no decoder takes."""
+    columns = pq.ParquetFile(path).metadata.row_group(group)
+    for number in range(columns.num_columns):
+        column = columns.column(number)
+        if column.path_in_schema == "src_img.bytes":
+            bad = bytearray(path.read_bytes())
+            bad[column.data_page_offset : column.data_page_offset + 30] = b"\xff" * 30
+            path.write_bytes(bad)
+
+
+def walked(shards, seed=None):
+    """What a walk gives, by place."""
+    items = list(shards.walk(seed))
+    return {item.place if isinstance(item, SetAside) else item[0]: item for item in items}
+
+
+def without_place(item):
+    return item if isinstance(item, SetAside) else item[1]
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_rows_by_place_are_the_rows_of_a_walk_in_any_order_and_memory(data):
+    counts = data.draw(st.lists(st.integers(0, 90), min_size=1, max_size=3).filter(any))
+    group_size = data.draw(st.integers(1, 100))
+    memory = data.draw(st.sampled_from([0, 5_000, 1 << 20]))
+    with tempfile.TemporaryDirectory() as folder:
+        for shard, count in enumerate(counts):
+            rows = [row(1000 * shard + number) for number in range(count)]
+            table = pa.Table.from_pylist(rows, schema=pa.Table.from_pylist([row(0)]).schema)
+            pq.write_table(table, f"{folder}/{shard}.parquet", row_group_size=group_size, use_dictionary=False)
+        if data.draw(st.booleans()):
+            damage(Path(folder) / f"{np.argmax(counts)}.parquet", 0)
+        expected = walked(Shards(folder))
+        assert len(expected) == sum(counts)
+        assert walked(Shards(folder, memory=memory), seed=data.draw(st.integers(0, 9))) == expected
+        places = data.draw(st.lists(st.sampled_from(sorted(expected)), max_size=120))
+        shards = Shards(folder, memory=memory)
+        for first in range(0, len(places), 50):  # blocks, one object
+            block = places[first : first + 50]
+            assert list(shards.rows(block)) == [without_place(expected[place]) for place in block]
+
+
+def test_a_place_holds_where_the_folder_is_moved(tmp_path):
+    write(tmp_path / "here" / "deep" / "a.parquet", [row(0), row(1)])
+    places = [place for place, _ in Shards(tmp_path / "here").walk()]
+    assert places == [("deep/a.parquet", 0), ("deep/a.parquet", 1)]
+    fingerprint = Shards(tmp_path / "here").fingerprint()
+    (tmp_path / "here").rename(tmp_path / "there")
+    moved = Shards(tmp_path / "there")
+    assert [found["omni_edit_id"] for found in moved.rows(places[::-1])] == ["id1", "id0"]
+    assert moved.fingerprint() == fingerprint
+
+
+def test_one_shard_alone_is_a_data_set(tmp_path):
+    write(tmp_path / "b.parquet", [row(9)])
+    shards = Shards(write(tmp_path / "a.parquet", [row(0), row(1)]))
+    assert [place for place, _ in shards.walk()] == [("a.parquet", 0), ("a.parquet", 1)]
+    assert [found["omni_edit_id"] for found in shards.rows([Place("a.parquet", 1)])] == ["id1"]
+
+
+def test_the_fingerprint_tells_data_that_changed(tmp_path):
+    path = write(tmp_path / "a.parquet", [row(0), row(1)])
+    seen = {Shards(tmp_path).fingerprint()}
+    for change in (
+        lambda: write(path, [row(0), row(1, size=101)]),
+        lambda: write(tmp_path / "b.parquet", [row(2)]),
+        lambda: (tmp_path / "b.parquet").rename(tmp_path / "c.parquet"),
+        lambda: (tmp_path / "c.parquet").write_bytes(b"no longer one"),
+    ):
+        change()
+        assert Shards(tmp_path).fingerprint() not in seen
+        seen.add(Shards(tmp_path).fingerprint())
+
+
+def vanish(path):
+    path.unlink()
+
+
+def shrink(path):
+    write(path, [row(0)])
+
+
+def break_off(path):
+    path.write_bytes(path.read_bytes()[:-20])
+
+
+@pytest.mark.parametrize(
+    ("decay", "says"), [(vanish, "a.parquet"), (shrink, "it has 1 rows"), (break_off, "magic bytes")]
+)
+def test_what_decayed_since_planning_is_set_aside_with_the_reason_and_the_rest_goes_on(tmp_path, decay, says):
+    path = write(tmp_path / "a.parquet", [row(0), row(1)])
+    write(tmp_path / "b.parquet", [row(2)])
+    opened = Shards(tmp_path)  # it has listed the shards and read nothing yet
+    decay(path)
+    for shards in (opened, Shards(tmp_path)):
+        lost, kept = shards.rows([Place("a.parquet", 1), Place("b.parquet", 0)])
+        assert (lost.reason, lost.place, lost.rows) == ("shard cannot be read", ("a.parquet", 1), 1)
+        assert says in lost.detail
+        assert str(tmp_path) not in lost.detail
+        assert kept["omni_edit_id"] == "id2"
+
+
+def test_text_that_is_no_utf8_sets_its_row_aside_and_no_other(tmp_path):
+    rows = pa.Table.from_pylist([row(number) for number in range(3)])
+    tasks = pa.array([b"swap", b"sw\xffap", b"swap"]).view(pa.string())
+    pq.write_table(rows.set_column(1, "task", tasks), tmp_path / "a.parquet")
+    first, bad, last = Shards(tmp_path).rows([Place("a.parquet", number) for number in range(3)])
+    assert (first["omni_edit_id"], last["omni_edit_id"]) == ("id0", "id2")
+    assert (bad.sample_id, bad.reason) == ("id1", "row cannot be read")
+    assert "column 'task'" in bad.detail
+
+
+def test_a_link_that_leads_nowhere_is_set_aside_and_a_folder_is_only_a_folder(tmp_path):
+    write(tmp_path / "all.parquet" / "part-0.parquet", [row(0)])
+    (tmp_path / "lost.parquet").symlink_to(tmp_path / "nowhere.parquet")
+    lost, (place, _) = Shards(tmp_path).walk()
+    assert (lost.place, lost.reason) == (("lost.parquet", None), "shard cannot be read")
+    assert place == ("all.parquet/part-0.parquet", 0)
+
+
+def test_a_folder_without_shards_is_refused(tmp_path):
+    with pytest.raises(Refusal, match="no parquet shard"):
+        Shards(tmp_path)
+
+
+def test_a_worker_reads_the_row_groups_of_its_blocks_only_and_each_once(tmp_path):
+    """Two workers together read what one pass over the data reads, give or take the group they share."""
+    io = Path("/proc/self/io")
+    if not io.exists():
+        pytest.skip("this system does not count a process's reads")
+
+    def bytes_read(work):
+        before = int(io.read_text().split()[1])
+        work()
+        return int(io.read_text().split()[1]) - before
+
+    for shard in range(4):
+        rows = [row(100 * shard + number, size=20_000) for number in range(100)]
+        write(tmp_path / f"{shard}.parquet", rows, row_group_size=25)
+    places = [place for place, _ in Shards(tmp_path).walk()]
+    blocks = [places[first : first + 16] for first in range(0, len(places), 16)]
+
+    def worker(mine):
+        shards = Shards(tmp_path)
+        for block in mine:
+            assert all(isinstance(item, dict) for item in shards.rows(block))
+
+    whole = bytes_read(lambda: list(Shards(tmp_path).walk()))
+    halves = [bytes_read(lambda mine=mine: worker(mine)) for mine in (blocks[:12], blocks[12:])]
+    group = whole / 16
+    assert whole > 400 * 20_000
+    assert max(halves) < whole / 2 + 2 * group
+    assert sum(halves) < whole + 2 * group
+
+
+def test_a_huge_row_group_is_not_held_whole(tmp_path):
+    """Where the writer made pages of few rows; a page, and a dictionary, is the least that can be read."""
+    rows = [row(number, size=200_000) for number in range(300)]
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.Table.from_pylist(rows), path, use_dictionary=False, write_batch_size=8)
+    del rows
+    idle = pa.total_allocated_bytes()
+    held = [pa.total_allocated_bytes() - idle for _ in Shards(path, memory=10_000_000).walk()]
+    assert len(held) == 300
+    assert max(held) < 30_000_000
+
+
+def test_samples_by_place_pass_the_checks_of_the_read(tmp_path):
+    from test_extract_omniedit import row as good
+    from test_extract_omniedit import write as write_rows
+
+    write_rows(tmp_path / "a.parquet", [good(0), good(1, edited_prompt_list=[]), good(2)])
+    by_place = list(samples_at(Shards(tmp_path), [Place("a.parquet", number) for number in (2, 1, 0)], Checks()))
+    assert [item.sample_id for item in by_place] == ["id2", "id1", "id0"]
+    in_order = list(read(tmp_path))
+    assert by_place[1] == in_order[1]
+    assert all(isinstance(item, Sample) for item in (by_place[0], by_place[2]))
