@@ -32,6 +32,7 @@ class RowRecorder:
     blocks: tuple[int, ...]
     heads: bool
     rows: dict[int, torch.Tensor] = field(default_factory=dict)
+    _masks: tuple[torch.Tensor | None, torch.Tensor] | None = None
 
     def record(self, block: int, query_bhtd: torch.Tensor, key_bhtd: torch.Tensor, mask: torch.Tensor | None, scale):
         """Recompute the wanted rows of one block from its rotated queries and keys, softmax in float32."""
@@ -39,23 +40,31 @@ class RowRecorder:
         groups, keys = key_bhtd.shape[1], key_bhtd.shape[2]
         n_query = self.query_bq.shape[1]
         wanted = self.query_bq[:, None, :, None].expand(batch, heads, n_query, width)
-        wanted = query_bhtd.gather(2, wanted).float()
+        wanted = query_bhtd.gather(2, wanted).float().mul_(scale)
         # Query heads of one key head lie side by side (repeat_interleave), so keys need not be repeated.
-        wanted = wanted.reshape(batch, groups, heads // groups * n_query, width)
-        scores = (wanted @ key_bhtd.float().transpose(2, 3) * scale).view(batch, heads, n_query, keys)
-        if mask is None:
-            allowed = torch.arange(keys, device=scores.device) <= self.query_bq[:, None, :, None]
-        else:
-            index = self.query_bq[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
-            allowed = mask.expand(batch, -1, -1, -1).gather(2, index)
-        if allowed.dtype == torch.bool:
-            scores.masked_fill_(~allowed, -torch.inf)
-        else:
-            scores += allowed
-        rows_bhqt = scores.softmax(-1)
-        # Filled, not multiplied: a row that may attend to nothing is NaN.
-        rows_bhqt.masked_fill_(~self.valid_bq[:, None, :, None], 0)
+        wanted = wanted.view(batch, groups, heads // groups * n_query, width)
+        scores = (wanted @ key_bhtd.float().transpose(2, 3)).view(batch, heads, n_query, keys)
+        rows_bhqt = self._masked(scores, mask).softmax(-1)
         self.rows[block] = rows_bhqt if self.heads else rows_bhqt.mean(1)
+
+    def _masked(self, scores: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
+        """The scores with -inf where a row may not look; every block of a pass has the same mask."""
+        if self._masks is None or self._masks[0] is not mask:
+            if mask is None:
+                kept = torch.arange(scores.shape[3], device=scores.device) <= self.query_bq[:, None, :, None]
+            else:
+                index = self.query_bq[:, None, :, None].expand(-1, mask.shape[1], -1, mask.shape[3])
+                kept = mask.expand(len(index), -1, -1, -1).gather(2, index)
+            self._masks = mask, ~kept if kept.dtype == torch.bool else kept
+        held = self._masks[1]
+        return scores.masked_fill_(held, -torch.inf) if held.dtype == torch.bool else scores.add_(held)
+
+    def stacked(self, blocks: Sequence[int]) -> torch.Tensor:
+        """The rows of ``blocks``, ``[b, l, q, t]`` or ``[b, l, h, q, t]``; those that nobody asked for are zero."""
+        stacked = torch.stack([self.rows[block] for block in blocks], dim=1)
+        unasked = ~self.valid_bq[(slice(None), None, *([None] * self.heads), slice(None), None)]
+        # Filled, not multiplied: a row that may attend to nothing is NaN.
+        return stacked.masked_fill_(unasked, 0)
 
 
 def attend_with_rows(
@@ -81,7 +90,7 @@ class Pass:
     ----------
     hidden
         ``[l, b, t, d]`` in the model's dtype; ``layers`` names the first axis. Padded positions hold whatever
-        the model computed there.
+        the model computed there. ``[l, n, d]`` where ``keep`` chose tokens.
     rows
         ``[b, l, q, t]`` (mean over heads) or ``[b, l, h, q, t]``, float32, or null; ``row_layers`` names the layer
         axis. Rows beyond a sample's own queries are zero.
@@ -127,6 +136,7 @@ def single_pass(
     query_mask: torch.Tensor | None = None,
     row_layers: Sequence[str] | None = None,
     inputs_embeds: torch.Tensor | None = None,
+    keep: torch.Tensor | None = None,
 ) -> Pass:
     """Run the model once over ``inputs`` and keep the named layers.
 
@@ -144,6 +154,9 @@ def single_pass(
         (default: the blocks among ``layers``), averaged over heads or per head.
     inputs_embeds
         ``[b, t, d]``: use these in place of `embed`, as ablations of image tokens do; the tower is not run.
+    keep
+        int64 ``[n]``: of the batch's tokens, counted over rows (``b * t + i``), those whose states are kept, in this
+        order. All of them, as a padded batch, if not given.
 
     Raises
     ------
@@ -164,20 +177,23 @@ def single_pass(
         raise ValueError("no layer is wanted")
 
     states = embed(model, inputs) if inputs_embeds is None else inputs_embeds
-    hidden = states.new_empty(len(kept), *states.shape)
+    hidden = states.new_empty(len(kept), *(states.shape if keep is None else (len(keep), states.shape[2])))
     places = {name: [place for place, other in enumerate(kept) if other == name] for name in kept}
 
-    def keep(name: str, value: torch.Tensor) -> None:
+    def hold(name: str, value: torch.Tensor) -> None:
         for place in places.get(name, ()):
-            hidden[place].copy_(value)
+            if keep is None:
+                hidden[place].copy_(value)
+            else:
+                torch.index_select(value.flatten(0, 1), 0, keep, out=hidden[place])
 
     recorder = _recorder(rows, query_mask, tuple(map(int, row_names))) if rows else None
-    keep(EMBED, states)
+    hold(EMBED, states)
     last = max(names.index(name) - 1 for name in (*kept, *row_names))
     if last >= 0:
         with _one_pass_at_a_time, _attention_kernel(decoder, KERNEL if recorder else None), ExitStack() as hooks:
             for block, module in enumerate(decoder.layers[: last + 1]):
-                hooks.callback(module.register_forward_hook(_keeper(keep, block, last)).remove)
+                hooks.callback(module.register_forward_hook(_keeper(hold, block, last)).remove)
             try:
                 output = decoder(
                     inputs_embeds=states,
@@ -186,12 +202,12 @@ def single_pass(
                     use_cache=False,
                     **({"rows": recorder} if recorder else {}),
                 )
-                keep(FINAL, output.last_hidden_state)
+                hold(FINAL, output.last_hidden_state)
             except _Done:
                 pass
     if recorder is None:
         return Pass(kept, hidden)
-    stacked = torch.stack([recorder.rows[int(name)] for name in row_names], dim=1)
+    stacked = recorder.stacked([int(name) for name in row_names])
     query = recorder.query_bq.masked_fill(~recorder.valid_bq, -1)
     return Pass(kept, hidden, row_names, stacked, query)
 
@@ -213,14 +229,14 @@ def _recorder(rows: str, query_mask: torch.Tensor | None, blocks: tuple[int, ...
     return RowRecorder(order.masked_fill(~valid, 0), valid, blocks, rows == "heads")
 
 
-def _keeper(keep, block: int, last: int):
+def _keeper(hold, block: int, last: int):
     """A forward hook that keeps one block's output and, where nothing above is wanted, ends the pass.
 
     The last block's index is smaller than ``last`` when ``final`` is wanted, so the norm still runs then.
     """
 
     def hook(module: nn.Module, args: tuple, output) -> None:
-        keep(str(block), output[0] if isinstance(output, tuple) else output)
+        hold(str(block), output[0] if isinstance(output, tuple) else output)
         if block == last:
             raise _Done
 

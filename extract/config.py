@@ -49,11 +49,18 @@ class ExtractConfig:
     held_out: float = 0.25
     """Share of the samples whose split is ``test``, chosen by their ids."""
     layers: str = "all"
-    """``all`` (embed, every block, final) or a list such as ``embed,5,6,final``."""
-    tokens: Literal["all", "text"] = "all"
-    """Keep the states of all tokens, or of the prompt's (instruction and template) only."""
+    """``all`` (embed, every block, final) or a list such as ``embed,15-24,final``. Nothing above the last of them is
+    computed."""
+    tokens: Literal["all", "text", "image"] = "all"
+    """Keep the states of all tokens, of the prompt's (instruction and template), or of the picture's only."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the model computes in and its states are kept in; float32 is twice as large, and lossless codecs only."""
     attention: Literal["none", "mean", "heads"] = "mean"
-    """The instruction's attention rows of every kept block: none, averaged over heads, or each head's."""
+    """Attention rows of every kept block: none, averaged over heads, or each head's."""
+    queries: Literal["instruction", "prompt"] = "instruction"
+    """Whose rows: the instruction's tokens, or all kept tokens but the picture's."""
+    keys: Literal["all", "image", "text"] = "all"
+    """What the rows look at: all kept tokens, the picture's, or all others."""
     positions: Literal["mrope", "sequential"] = "mrope"
     """Position ids: the model's 3-D ones, or 0 … t-1 (what a caller gets who forgets ``mm_token_type_ids``)."""
     max_prompt_tokens: int = 512
@@ -77,13 +84,24 @@ class ExtractConfig:
     threads: int | None = None
     """Torch threads on a CPU; torch's own choice where not given. One is best for models as small as the pocket one:
     two that have to share a busy core can be thirty times slower."""
-    worker: str = "0"
-    """Name of this process's commit log; processes that fill one store at the same time need different ones."""
+    loaders: int | None = None
+    """Processes that read, decode and prepare pictures, and build token tables; 0 does it in a thread. By default as
+    many as cores are left, up to 8, and none for a few hundred samples."""
+    worker: str | None = None
+    """Name of this process's commit log; processes that fill one store at the same time need different ones. By
+    default its rank, where torchrun or Slurm gives it one (RANK and WORLD_SIZE, SLURM_PROCID, SLURM_ARRAY_TASK_ID)."""
+    dask: str | None = None
+    """Spread the blocks over a Dask cluster: the address of its scheduler (tcp://host:8786), ``local`` or ``local:4``.
+    The workers need this package, the data and the store under the same paths."""
     dry_run: bool = False
-    """Only say what would be written and how large it would be."""
+    """Only say what would be written, how large it would be, and from a few samples how long it would take."""
+    budget: str | None = None
+    """Only propose what to keep so that the store fits into this (500GB, 2TB), and what each proposal leaves out."""
 
     def __post_init__(self):
         """Refuse numbers that make no sense."""
+        if self.loaders is not None and self.loaders < 0:
+            raise Refusal(f"--loaders {self.loaders}: give 0 or more")
         for name in ("limit", "max_prompt_tokens", "max_pixels", "max_new_tokens", "batch_size", "threads"):
             value = getattr(self, name)
             if value is not None and value < 1:

@@ -61,11 +61,13 @@ def load_processor(folder: Path, max_pixels: int | None = None) -> Qwen2_5_VLPro
     return processor
 
 
-def load_model(folder: Path, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
-    """The checkpoint in bfloat16 on ``device``, in evaluation mode."""
+def load_model(
+    folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Qwen2_5_VLForConditionalGeneration:
+    """The checkpoint in ``dtype`` on ``device``, in evaluation mode."""
     transformers.utils.logging.disable_progress_bar()
     model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
-        folder, dtype=torch.bfloat16, attn_implementation=ATTENTION_KERNEL, use_safetensors=True
+        folder, dtype=dtype, attn_implementation=ATTENTION_KERNEL, use_safetensors=True
     )
     return model.to(device).eval()
 
@@ -93,7 +95,7 @@ def identity(folder: Path, processor, template: str, config: ExtractConfig, devi
         "template": template,
         "positions": config.positions,
         "attention_kernel": ATTENTION_KERNEL,
-        "dtype": "bfloat16",
+        "dtype": config.dtype,
         "device": device.type,
         # Padding and the split of work over threads change the last bit of a sum.
         "batch_size": config.batch_size,

@@ -126,14 +126,17 @@ def read(
         At once, before the first row: the data are not there or no shard has the required columns.
     """
     checks = Checks(prompt, seed, min_area, max_area, check_pixels, edited)
+    return checked(rows_of(data, split, edited, seed if shuffle else None), checks, limit)
+
+
+def rows_of(data: str | Path, split: str = "train", edited: bool = False, seed: int | None = None) -> Iterator[Any]:
+    """The rows as they are, with their places, and what cannot be read; see `read`, which also raises what this does."""
     path = Path(data).expanduser()
     if path.exists():
-        rows = Shards(path, split, edited).walk(seed if shuffle else None)
-    elif HUB_ID.fullmatch(str(data)):
-        rows = hub_rows(str(data), split, edited, seed if shuffle else None)
-    else:
-        raise Refusal(f"there are no data at {data}: give a folder of parquet shards, a parquet file or a hub id")
-    return checked(rows, checks, limit)
+        return Shards(path, split, edited).walk(seed)
+    if HUB_ID.fullmatch(str(data)):
+        return hub_rows(str(data), split, edited, seed)
+    raise Refusal(f"there are no data at {data}: give a folder of parquet shards, a parquet file or a hub id")
 
 
 def checked(

@@ -1,16 +1,36 @@
 """From data to a plan: which samples there are, how many tokens each brings, what cannot be used and why."""
 
 import hashlib
-from collections.abc import Iterator
+import re
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from itertools import islice
+from pathlib import Path
+from typing import Any
 
-import google_crc32c
 import polars as pl
+import torch
 from tqdm import tqdm
+from transformers import AutoConfig
 
-from extract.config import ExtractConfig
-from extract.omniedit import BadSample, Sample, SetAside, read
+import store
+from extract.capture import EMBED, FINAL
+from extract.config import POCKET, PRESETS, SCENES_SEED, ExtractConfig
+from extract.loading import Kit, Loaders, crc_of
+from extract.model import identity, load_processor
+from extract.omniedit import DUPLICATE, BadSample, Checks, Sample, judged, rows_of
+from extract.prompts import GROUND_TEMPLATE, editing_template
+from extract.rows import ROWS_AT_ONCE, Place, SetAside, Shards
+from extract.scenes import draw_scene
+from extract.scenes.shards import ScenesConfig, is_unfinished, write_scenes
 from extract.sequence import Conditioner
 from store.errors import Refusal
+from store.plan import KINDS
+
+FIRST_LOOK = 64  # scenes from which the size of a store is foretold before they are all drawn
+BYTES_PER_SCENE = 60_000
 
 LONG_PROMPT = "prompt too long"
 NO_BOX = "no box"
@@ -26,6 +46,8 @@ SAMPLE_SCHEMA = {
     **dict.fromkeys(("x1", "y1", "x2", "y2"), pl.Float32),
     "split": pl.String,
     "image_crc32c": pl.UInt32,
+    "file": pl.String,
+    "row": pl.Int64,
 }
 SET_ASIDE_SCHEMA = {
     "sample_id": pl.String,
@@ -43,23 +65,100 @@ def split_of(sample_id: str, seed: int, held_out: float) -> str:
     return "test" if int.from_bytes(digest[:8], "big") < held_out * 2**64 else "train"
 
 
-def read_samples(config: ExtractConfig, check_pixels: bool) -> Iterator[Sample | SetAside]:
-    """The data as ``config`` describes them, in the one order that planning and extraction share."""
-    return read(
-        config.data,
-        # The number of good samples is counted by the caller: token checks may set aside more.
-        None,
-        prompt=config.prompt,
-        seed=config.seed,
-        shuffle=config.shuffle,
-        min_area=config.min_area,
-        max_area=config.max_area,
-        check_pixels=check_pixels,
-    )
+@dataclass(frozen=True)
+class Found:
+    """A row that can be used, as planning keeps it: without its picture."""
+
+    values: tuple
+    """In the order of `SAMPLE_SCHEMA`."""
+    extra: dict[str, Any]
 
 
-def read_plan(config: ExtractConfig, conditioner: Conditioner) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """One pass over the data without the model.
+def checks_of(config: ExtractConfig) -> Checks:
+    """What is demanded of a row; pixels are looked at when they are needed."""
+    return Checks(config.prompt, config.seed, config.min_area, config.max_area, pixels=False)
+
+
+def wanted_layers(config: ExtractConfig, blocks: int) -> tuple[str, ...]:
+    """The layers that ``--layers`` names, for a model of so many decoder blocks, in the model's order."""
+    every = (EMBED, *map(str, range(blocks)), FINAL)
+    if config.layers == "all":
+        return every
+    asked = set()
+    for name in (name.strip() for name in config.layers.split(",")):
+        ends = re.fullmatch(r"(\d+)-(\d+|final)", name) or re.fullmatch(r"(embed)-(\d+|final)", name)
+        first, last = ends.groups() if ends else (name, name)
+        if first not in every or last not in every or every.index(first) > every.index(last):
+            raise Refusal(f"--layers names {name!r}; this model has {', '.join(every)}, and ranges such as 1-{every[-2]}")
+        asked |= set(every[every.index(first) : every.index(last) + 1])
+    return tuple(name for name in every if name in asked)
+
+
+@dataclass(frozen=True)
+class Planner:
+    """Lays the store out on paper: from samples with their token counts to arrays and bytes."""
+
+    config: ExtractConfig
+    folder: Path
+    device: torch.device
+
+    @cached_property
+    def processor(self):
+        """The checkpoint's processor, with this run's picture size."""
+        return load_processor(self.folder, self.config.max_pixels)
+
+    @cached_property
+    def conditioner(self) -> Conditioner:
+        """Counts tokens; has no model."""
+        return Conditioner(
+            self.processor, editing_template(), self.config.positions, AutoConfig.from_pretrained(self.folder)
+        )
+
+    def plan_of(self, samples: pl.DataFrame) -> store.Plan:
+        """The plan for a samples table."""
+        config, text = self.config, self.model_config.text_config
+        layers = wanted_layers(config, text.num_hidden_layers)
+        rows = config.attention != "none"
+        return store.Plan(
+            layers=layers,
+            width=text.hidden_size,
+            samples=samples,
+            identity=identity(self.folder, self.processor, editing_template(), config, self.device),
+            dtype=config.dtype,
+            kinds=KINDS if config.tokens == "all" else (config.tokens,),
+            attention=tuple(f"text_to_{kind}" for kind in KINDS if config.keys in ("all", kind)) if rows else (),
+            attention_layers=tuple(name for name in layers if name.isdecimal()) if rows else (),
+            attention_heads=text.num_attention_heads if config.attention == "heads" else None,
+            codec=config.codec,
+            text_codec=config.text_codec,
+        )
+
+    def draw_own_scenes(self) -> None:
+        """Draw the pocket preset's own data, or finish drawing them; data of anybody else are left as they are.
+
+        Raises
+        ------
+        Refusal
+            The disks cannot hold what a first look says the store and the scenes will take; nothing is drawn then.
+        """
+        config, own = self.config, PRESETS[POCKET]
+        wanted = ScenesConfig(Path(own.data), samples=max(config.limit or 0, own.limit), seed=SCENES_SEED)
+        if config.data != own.data or not is_unfinished(wanted):
+            return
+        drawn = [draw_scene(wanted.seed, index, wanted.difficulty) for index in range(FIRST_LOOK)]
+        counts = [self.conditioner.count_tokens(s.width, s.height, s.instructions[0]) for s in drawn]
+        look = pl.DataFrame(counts, schema=["n_image", "n_text", "n_query"], orient="row").with_columns(
+            sample_id=pl.int_range(FIRST_LOOK).cast(pl.String), split=pl.lit("train")
+        )
+        taken = min(config.limit or wanted.samples, wanted.samples)
+        store.check_space(config.store, sum(self.plan_of(look).bytes_estimate().values()) * taken // FIRST_LOOK)
+        store.check_space(own.data, BYTES_PER_SCENE * wanted.samples)
+        print(f"drawing scenes into {own.data}; --data takes other data")
+        write_scenes(wanted)
+
+
+def read_plan(config: ExtractConfig, loaders: Loaders) -> tuple[pl.DataFrame, pl.DataFrame]:
+    """One pass over the data without the model, every picture decoded once by the loaders.
 
     Returns
     -------
@@ -73,37 +172,22 @@ def read_plan(config: ExtractConfig, conditioner: Conditioner) -> tuple[pl.DataF
     Refusal
         The data cannot be read, or no row of them can be used.
     """
-    rows, extras, aside = [], [], []
-    with tqdm(total=config.limit, desc="plan", unit="sample") as bar:
-        for item in read_samples(config, check_pixels=True):
-            if isinstance(item, SetAside):
-                aside.append((item.sample_id, item.place.file, item.place.row, item.reason, item.detail, item.rows))
+    rows, extras, aside, seen = [], [], [], set()
+    verdicts = _in_order(loaders, rows_of(config.data, seed=config.seed if config.shuffle else None), config)
+    with tqdm(total=config.limit, desc="plan", unit="sample", smoothing=0.1) as bar:
+        for verdict in verdicts:
+            if isinstance(verdict, Found) and verdict.values[0] in seen:
+                place = Place(*verdict.values[-2:])
+                verdict = SetAside(verdict.values[0], place, DUPLICATE)
+            if isinstance(verdict, SetAside):
+                aside.append((verdict.sample_id, *verdict.place, verdict.reason, verdict.detail, verdict.rows))
                 continue
-            try:
-                counts = conditioner.count_tokens(item.width, item.height, item.instruction)
-                if counts.n_query > config.max_prompt_tokens:
-                    raise BadSample(LONG_PROMPT, f"{counts.n_query} tokens")
-                if item.box is None and not config.vlm_boxes:
-                    raise BadSample(NO_BOX, "the data bring none and --no-vlm-boxes was given")
-            except BadSample as bad:
-                aside.append((item.sample_id, item.place.file, item.place.row, bad.reason, bad.detail, 1))
-                continue
-            rows.append(
-                (
-                    item.sample_id,
-                    item.task,
-                    item.instruction,
-                    item.width,
-                    item.height,
-                    *counts,
-                    *(item.box or (None,) * 4),
-                    split_of(item.sample_id, config.seed, config.held_out),
-                    google_crc32c.value(item.source),
-                )
-            )
-            extras.append(dict(item.extra))
+            seen.add(verdict.values[0])
+            rows.append(verdict.values)
+            extras.append(verdict.extra)
             bar.update()
             if len(rows) == config.limit:
+                verdicts.close()
                 break
     set_aside = pl.DataFrame(aside, schema=SET_ASIDE_SCHEMA, orient="row")
     if not rows:
@@ -113,6 +197,64 @@ def read_plan(config: ExtractConfig, conditioner: Conditioner) -> tuple[pl.DataF
     brought = pl.DataFrame(extras, infer_schema_length=None)
     taken = [name for name in brought.columns if name not in SAMPLE_SCHEMA]
     return samples.hstack(brought.select(taken)), set_aside
+
+
+def _in_order(
+    loaders: Loaders, rows: Iterable[tuple[Place, Mapping[str, Any]] | SetAside], config: ExtractConfig
+) -> Iterator[Found | SetAside]:
+    """What becomes of every row, in the order of the rows, a bounded number of them at the loaders."""
+    waiting: deque = deque()
+    rows = iter(rows)
+    while some := list(islice(rows, ROWS_AT_ONCE)):
+        waiting.append(loaders.submit(judge, some, config))
+        if len(waiting) > 2 * loaders.processes:
+            yield from loaders.result(waiting.popleft())[0]
+    while waiting:
+        yield from loaders.result(waiting.popleft())[0]
+
+
+def judge(
+    kit: Kit, rows: Sequence[tuple[Place, Mapping[str, Any]] | SetAside], config: ExtractConfig
+) -> list[Found | SetAside]:
+    """What becomes of each row: checked, its picture decoded, its tokens counted; done by a loader."""
+    checks, conditioner = replace(kit.checks, pixels=True), kit.conditioners["edit"]
+    verdicts = []
+    for row in rows:
+        found = row if isinstance(row, SetAside) else judged(row[1], row[0], checks)
+        if isinstance(found, Sample):
+            try:
+                counts = conditioner.count_tokens(found.width, found.height, found.instruction)
+                n_query = counts.n_query if config.queries == "instruction" else counts.n_text
+                if counts.n_query > config.max_prompt_tokens:
+                    raise BadSample(LONG_PROMPT, f"{counts.n_query} tokens")
+                if found.box is None and not config.vlm_boxes:
+                    raise BadSample(NO_BOX, "the data bring none and --no-vlm-boxes was given")
+                values = (
+                    found.sample_id,
+                    found.task,
+                    found.instruction,
+                    found.width,
+                    found.height,
+                    *counts[:2],
+                    n_query,
+                    *(found.box or (None,) * 4),
+                    split_of(found.sample_id, config.seed, config.held_out),
+                    crc_of(found.source),
+                    *found.place,
+                )
+                found = Found(values, dict(found.extra))
+            except BadSample as bad:
+                found = SetAside(found.sample_id, found.place, bad.reason, bad.detail)
+        verdicts.append(found)
+    return verdicts
+
+
+def selection(config: ExtractConfig) -> dict[str, Any]:
+    """What decides which samples a store is planned with; by it, a resumed run knows that it need not plan again."""
+    path = Path(config.data).expanduser()
+    names = ("limit", "prompt", "shuffle", "seed", "min_area", "max_area", "held_out", "max_prompt_tokens")
+    asked = {name: getattr(config, name) for name in (*names, "vlm_boxes", "queries")}
+    return asked | {"data": Shards(path).fingerprint() if path.exists() else config.data}
 
 
 def reasons_of(set_aside: pl.DataFrame) -> dict[str, int]:

@@ -68,10 +68,11 @@ if TYPE_CHECKING:
     from store.growth import copy, derive, drop
     from store.inspection import disk_usage
     from store.layout import create, grow, load_parts, load_plan
-    from store.places import check_space
+    from store.places import check_space, locate
     from store.plan import Plan
     from store.reader import Store
     from store.reader import open_store as open
+    from store.runs import note
     from store.verification import Report, verify
     from store.writer import BadStates, Writer
 
@@ -90,6 +91,8 @@ _HOMES = {
     "load_parts": "layout",
     "load_plan": "layout",
     "check_space": "places",
+    "locate": "places",
+    "note": "runs",
     "Plan": "plan",
     "Store": "reader",
     "open": "reader",
@@ -118,6 +121,8 @@ __all__ = [
     "grow",
     "load_parts",
     "load_plan",
+    "locate",
+    "note",
     "open",
     "pending",
     "verify",

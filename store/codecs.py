@@ -62,12 +62,16 @@ def _compress(values: np.ndarray | bytes) -> bytes:
     Among exponents a match is chance and costs more bits than Huffman's code: this is smaller than level 1, compresses
     three times as fast and decompresses four times as fast.
     """
+    return _compressor().compress(values)
+
+
+def _compressor() -> zstandard.ZstdCompressor:
     if not hasattr(_LOCAL, "compressor"):
         settings = zstandard.ZstdCompressionParameters(
             compression_level=1, strategy=zstandard.STRATEGY_FAST, min_match=7, hash_log=6, window_log=17
         )
         _LOCAL.compressor = zstandard.ZstdCompressor(compression_params=settings)
-    return _LOCAL.compressor.compress(values)
+    return _LOCAL.compressor
 
 
 def _decompress(frame: memoryview, size: int) -> np.ndarray:
@@ -89,6 +93,7 @@ _BLOSC_ZSTD = 0x80
 _BLOSC_SHUFFLE, _BLOSC_MEMCPY, _BLOSC_WHOLE = 0x01, 0x02, 0x10
 _OWN_ITEMS = 1 << 18  # NumPy merges the planes of a frame up to this faster than c-blosc
 _BLOSC_LEAST = 128  # items; decoders take a smaller block as one stream
+_SMALL_ITEMS = 1 << 16  # chunks of up to so many are compressed several at a time
 
 
 def encode_blosc(values: np.ndarray) -> bytes:
@@ -111,14 +116,39 @@ def encode_blosc(values: np.ndarray) -> bytes:
             np.right_shift(piece, 8 * j, out=shifted[: len(piece)])
             np.copyto(planes[j, start : start + len(piece)], shifted[: len(piece)], casting="unsafe")
     split = words.size >= _BLOSC_LEAST
+    planes = planes if split else planes.reshape(1, -1)
+    return _blosc_frame(planes, [_compress(plane) for plane in planes], words.itemsize, split)
+
+
+def encode_blosc_each(chunks: np.ndarray) -> list[bytes]:
+    """``encode_blosc`` of each of several small chunks ``[n, …]`` of 2 bytes an item, the same bytes.
+
+    All byte planes are compressed by one call: a chunk then costs 4 µs of Python instead of 10, and a thread that runs
+    a model beside this one is asked for the interpreter once instead of twice a chunk.
+    """
+    words = chunks.reshape(len(chunks), -1).view("<u2")
+    n, size = words.shape
+    planes = _scratch("planes", 2 * words.size, np.uint8).reshape(n, 2, size)
+    np.copyto(planes[:, 0], words, casting="unsafe")
+    shifted = _scratch("shifted", words.size, words.dtype).reshape(words.shape)
+    np.copyto(planes[:, 1], np.right_shift(words, 8, out=shifted), casting="unsafe")
+    segments = np.empty((2 * n, 2), np.uint64)
+    segments[:, 0], segments[:, 1] = np.arange(2 * n) * size, size
+    streams = iter(
+        _compressor().multi_compress_to_buffer(zstandard.BufferWithSegments(planes.data.cast("B"), segments.tobytes()))
+    )
+    return [_blosc_frame(both, [next(streams).tobytes(), next(streams).tobytes()], 2, True) for both in planes]
+
+
+def _blosc_frame(planes: np.ndarray, packed: list[bytes], itemsize: int, split: bool) -> bytes:
+    """The frame of byte planes ``[p, items]``, each as packed or, where that is not smaller, as it is."""
     parts: list[bytes | memoryview] = []
-    for plane in planes if split else planes.reshape(1, -1):
-        packed = _compress(plane)
-        stream = packed if len(packed) < plane.size else plane.data
-        parts += [len(stream).to_bytes(4, "little"), stream]
+    for plane, stream in zip(planes, packed, strict=True):
+        kept = stream if len(stream) < plane.size else plane.data
+        parts += [len(kept).to_bytes(4, "little"), kept]
     size = _BLOSC.size + sum(map(len, parts))
     flags = _BLOSC_ZSTD | _BLOSC_SHUFFLE | (0 if split else _BLOSC_WHOLE)
-    header = _BLOSC.pack(2, 1, flags, words.itemsize, words.nbytes, words.nbytes, size, _BLOSC.size)
+    header = _BLOSC.pack(2, 1, flags, itemsize, planes.size, planes.size, size, _BLOSC.size)
     return b"".join([header, *parts])
 
 
@@ -218,6 +248,10 @@ class Codec(ABC):
             ``[r, …]``, C-contiguous, the whole chunk: bfloat16 bits as uint16, or floats.
         """
 
+    def encode_each(self, chunks: np.ndarray) -> list[bytes]:
+        """The bytes of each of several chunks ``[n, r, …]``, C-contiguous; see ``encode``."""
+        return [self.encode(rows) for rows in chunks]
+
     @abstractmethod
     def decode_into(self, encoded: bytes | memoryview, out: np.ndarray, rows: int) -> None:
         """Fill ``out`` with the first rows of a chunk.
@@ -280,6 +314,13 @@ class Zstd(Codec):
     def encode(self, rows: np.ndarray) -> bytes:
         """See ``Codec``."""
         return encode_blosc(rows)
+
+    def encode_each(self, chunks: np.ndarray) -> list[bytes]:
+        """See ``Codec``."""
+        items = chunks[0].size
+        if self.itemsize == 2 and _BLOSC_LEAST <= items <= _SMALL_ITEMS:
+            return encode_blosc_each(chunks)
+        return super().encode_each(chunks)
 
     def decode_into(self, encoded: bytes | memoryview, out: np.ndarray, rows: int) -> None:
         """See ``Codec``."""

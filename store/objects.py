@@ -68,6 +68,8 @@ class ObjectPlace(Place):
         ``s3://bucket/prefix``.
     """
 
+    holds = False
+
     def __init__(self, url: str, worker: str | None = None):
         match = _URL.fullmatch(url)
         if not match or {".", ".."} & set(url.split("/")):

@@ -146,6 +146,8 @@ class Place(ABC):
     """
 
     worker: str
+    holds: bool
+    """Whether ``claim`` keeps others away."""
 
     @abstractmethod
     def of(self, worker: str) -> Self:
@@ -346,6 +348,8 @@ class LocalPlace(Place):
     path
         The folder, absolute.
     """
+
+    holds = True
 
     def __init__(self, path: str | os.PathLike, worker: str | None = None):
         self.path = Path(path).expanduser().absolute()

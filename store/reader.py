@@ -11,7 +11,7 @@ import numpy as np
 import polars as pl
 import xarray as xr
 
-from store import bits, commits
+from store import bits, commits, runs
 from store.errors import Refusal
 from store.layout import Derived, address, load_parts, read_derived, read_set_aside, table_file
 from store.places import Place, locate
@@ -99,6 +99,11 @@ class Store:
             valid[self.plan.block(b)] = True
             valid[list(commit.set_aside)] = False
         return valid
+
+    @cached_property
+    def runs(self) -> list[dict[str, Any]]:
+        """What the runs that filled it told of themselves: settings, checks, where the time went."""
+        return runs.read(self.place)
 
     @cached_property
     def derived(self) -> Mapping[str, xr.DataArray]:

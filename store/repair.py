@@ -4,7 +4,7 @@ import contextlib
 import hashlib
 import os
 
-from store import commits
+from store import commits, runs
 from store.commits import Commit
 from store.errors import Refusal
 from store.growth import remove_derived, sweep_derived
@@ -18,7 +18,7 @@ def repair(path: str | os.PathLike | Place) -> Report:
     """Restore what has a second copy, rewrite the Zarr metadata from the plan, take back commits of damaged blocks.
 
     States cannot be mended, only computed again: afterwards ``pending`` names their blocks. A damaged derived array
-    is dropped.
+    and a damaged note of a run are dropped.
 
     Returns
     -------
@@ -50,6 +50,8 @@ def repair(path: str | os.PathLike | Place) -> Report:
             log.replace([commit.line() for commit in lines if (commit.part, commit.block) in whole])
         for name in report.damaged_derived:
             remove_derived(place, parts, name)
+        for name in list(runs.damaged(place)):
+            place.remove(name)
     return verify(place)
 
 

@@ -48,6 +48,9 @@ RUN_BYTES = 16 * 2**20
 OPEN_FILES = 256
 """Shards kept open by a reader."""
 
+TOGETHER_BYTES = 512 * 1024
+"""Chunks up to this much together are encoded by one call."""
+
 MAX_LAYERS = 512
 """Layers that are read by one call: with the gaps between them as many pieces of memory as the system takes."""
 
@@ -84,7 +87,10 @@ def encode_unit(array: ArrayPlan, chunk_codec: Codec, values_lr: np.ndarray) -> 
     elif array.codec == "none":
         pieces = [_padded(array, values_lr, filled, bytearray).data]
     else:
-        pieces = [chunk_codec.encode(_padded(array, values_r[None], filled, scratch)[0]) for values_r in values_lr]
+        # Of large chunks one at a time: several passes over one stay in the cache.
+        step = max(1, TOGETHER_BYTES // (filled * array.row_bytes))
+        for start in range(0, n_layers, step):
+            pieces += chunk_codec.encode_each(_padded(array, values_lr[start : start + step], filled, scratch))
     if array.codec == "none":
         lengths[:, : filled // array.inner[2]] = array.chunk_bytes
     else:

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import zarr
 
-from store import bits
+from store import bits, runs
 from store.commits import Commit
 from store.errors import Refusal
 from store.layout import (
@@ -109,6 +109,7 @@ def verify(path: str | os.PathLike | Place) -> Report:
             content.update(f"{name} {layer}".encode() + digest)
     if not damaged:
         _hash_tables(store, content)
+    problems += [f"{name} is damaged: a note of a run, `repair` removes it" for name in runs.damaged(place)]
     lost, found = [], list(_derived_problems(place))
     for name, problem in found:
         lost += [] if name in lost else [name]

@@ -8,7 +8,9 @@ import contextlib
 import io
 import os
 import threading
-from collections.abc import Iterator, Mapping
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import Any, Self
@@ -27,6 +29,9 @@ from store.tokens import TOKEN_SCHEMA, check, conform
 
 MEMORY = 512 * 2**20
 """Bytes of states that may wait to be written."""
+
+ENCODING = 2
+"""Threads that check and encode: more of them take the caches from each other and from whoever computes the states."""
 
 SYNCING = 4
 """Files that are made durable at a time: a disk syncs several as fast as one."""
@@ -61,6 +66,11 @@ class Writer:
     Refusal
         When a writer of that name is at work.
 
+    Attributes
+    ----------
+    busy
+        Seconds of work of each stage behind ``add`` (encode, write, sync, commit), of all its threads together.
+
     Notes
     -----
     An error of the disk or of the states (``Refusal``, ``BadStates``) is raised by the next call after it, by
@@ -80,7 +90,7 @@ class Writer:
         path: str | os.PathLike | Place,
         worker: str = "0",
         part: int = 0,
-        threads: int = 2,
+        threads: int = ENCODING,
         memory: int = MEMORY,
     ):
         self.place = locate(path).of(worker)
@@ -101,21 +111,23 @@ class Writer:
         self._begun: set[int] = set()
         self._further: dict[str, dict[str, pl.DataType]] = {}
         self._failure: BaseException | None = None
+        self.busy: Counter[str] = Counter()
         self._memory, self._waiting, self._room = memory, 0, threading.Condition()
         self._encoding = ThreadPoolExecutor(threads, "encode")
         self._writing = ThreadPoolExecutor(1, "write")
         self._syncing = ThreadPoolExecutor(SYNCING, "sync")
         self._committing = ThreadPoolExecutor(1, "commit")
 
-    def blocks(self) -> Iterator[int]:
+    def blocks(self, own: range | None = None, alone: bool = False) -> Iterator[int]:
         """Blocks to do, one at a time, each held by this worker until it is committed.
 
-        Blocks that other live workers hold are passed over; at the end they are waited for, and those of a worker
-        that died are taken up. So when this ends, the whole part is committed. (Nobody can hold a block on an object
-        store: give every worker blocks of its own there.)
+        First those of ``own`` (all, if not given). Then, unless ``alone``, what others have not come to, from the end.
+        Blocks that live workers hold are waited for, and those of a worker that died are taken up. So when this ends,
+        the whole part is committed (``own``, if ``alone``). On an object store nobody can hold a block: there every
+        worker keeps to its own.
         """
         stopped = threading.Event()
-        while left := [b for b in self._pending() if b not in self._claims]:
+        while left := self._left(own, alone or not self.place.holds):
             taken = False
             for b in left:
                 if self.claim(b):
@@ -124,6 +136,13 @@ class Writer:
             if not taken:
                 stopped.wait(WAIT_SECONDS)
         self.flush()
+
+    def _left(self, own: range | None, alone: bool) -> list[int]:
+        """Blocks without a commit that this worker does not hold, in the order in which it wants them."""
+        left = [b for b in self._pending() if b not in self._claims]
+        if own is None:
+            return left
+        return [b for b in left if b in own] + [b for b in reversed(left) if b not in own and not alone]
 
     def claim(self, b: int) -> bool:
         """Hold block ``b`` until it is committed or given up; False if it is committed or another worker's."""
@@ -196,6 +215,7 @@ class Writer:
         def guarded() -> Any:
             if self._failure is not None:
                 return None
+            began = time.perf_counter()
             try:
                 return work(*given)
             except BaseException as failure:
@@ -203,8 +223,19 @@ class Writer:
                 with self._room:
                     self._room.notify_all()
                 return None
+            finally:
+                with self._room:
+                    self.busy[stage._thread_name_prefix] += time.perf_counter() - began
 
         return stage.submit(guarded)
+
+    def _wait(self, future: Future, stage: str) -> Any:
+        """The result of an earlier stage; waiting for it is no work of this one."""
+        began = time.perf_counter()
+        result = future.result()
+        with self._room:
+            self.busy[stage] -= time.perf_counter() - began
+        return result
 
     def _reserve(self, size: int) -> None:
         with self._room:
@@ -248,8 +279,9 @@ class Block:
         text_to_image: np.ndarray | None = None,
         text_to_text: np.ndarray | None = None,
         values: Mapping[str, Any] | None = None,
+        done: Callable[[], None] | None = None,
     ) -> None:
-        """Add one sample. The arrays are the writer's from now on: do not change them.
+        """Add one sample. The arrays are the writer's: do not change them before ``done`` is called.
 
         Parameters
         ----------
@@ -266,6 +298,8 @@ class Block:
             kept as float16. Needed if and only if planned.
         values
             Results of this sample: more columns of the samples table. Not for added layers.
+        done
+            Called, from another thread, when the arrays are no longer needed; not if anything fails.
 
         Raises
         ------
@@ -317,14 +351,14 @@ class Block:
                 (cell, self._encode(array, sample, values_lr[(slice(None), *place)]))
                 for cell, place in array.units(extents)
             ]
-        self.writer._behind(self.writer._writing, self._write, sample, encoding, size)
+        self.writer._behind(self.writer._writing, self._write, sample, encoding, size, done)
 
     def set_aside(self, sample: int, reason: str) -> None:
         """Say that a sample cannot be had and why: it reads as NaN, and ``valid`` is False."""
         self._claim(sample)
         # What a library says of a broken name may be no Unicode, and could not be kept.
         self._set_aside[sample] = reason.encode(errors="replace").decode()
-        self.writer._behind(self.writer._writing, self._write, sample, {}, 0)
+        self.writer._behind(self.writer._writing, self._write, sample, {}, 0, None)
 
     def _claim(self, sample: int) -> None:
         self.writer._raise_failure()
@@ -361,16 +395,24 @@ class Block:
                 if found:
                     raise BadStates(f"{array.name} of sample {self._ids[sample]!r} at layer {layer!r} is {wrong}")
 
-    def _write(self, sample: int, encoding: Mapping[str, list[tuple[tuple[int, ...], Future]]], size: int) -> None:
+    def _write(
+        self,
+        sample: int,
+        encoding: Mapping[str, list[tuple[tuple[int, ...], Future]]],
+        size: int,
+        done: Callable[[], None] | None,
+    ) -> None:
         """Append a sample to its shards, and finish the shards of which it was the last."""
         row = int(self.plan.rows[sample])
         for name, cells in encoding.items():
             array = self.plan.arrays[name]
             for cell, future in cells:
-                if (unit := future.result()) is None:  # its failure is the writer's
+                if (unit := self.writer._wait(future, "write")) is None:  # its failure is the writer's
                     return
                 self._shard(array, row, cell).put(row % array.shard[0], unit)
         self.writer._release(size)
+        if done:
+            done()
         for name, array in self.plan.arrays.items():
             shard = row // array.shard[0]
             self._left[name][shard] -= 1
@@ -404,7 +446,7 @@ class Block:
             self._table("tokens", conform({n: self._tokens[n] for n in sorted(self._tokens)}))
             rows = [{"sample": n, **self._values[n]} for n in sorted(self._values)]
             self._table("results", pl.DataFrame(rows, infer_schema_length=None))
-        files = {name: future.result() for name, future in sorted(self._finished.items())}
+        files = {name: self.writer._wait(future, "commit") for name, future in sorted(self._finished.items())}
         if self.writer._failure is not None:
             return
         aside = {n: self._set_aside[n] for n in sorted(self._set_aside)}

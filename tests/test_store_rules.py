@@ -38,7 +38,10 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 import store
+from store import runs
 from store.layout import metadata
+from store.places import locate
+from store.repair import repair as store_repair
 
 FORMAT = Path(__file__).parents[1] / "store/FORMAT.md"
 
@@ -1368,6 +1371,23 @@ def test_rule_6_6_metadata_that_are_not_of_the_plan_are_completed_by_whoever_wri
         store.Writer(torn, "w").close()
         for name, data in new.items():
             assert (torn / name).read_bytes() == data, name
+
+
+def test_rule_6_7_notes_of_runs_are_sealed_and_in_no_hash(tmp_path, one):
+    history, _ = one
+    path = history.write(tmp_path / "noted")
+    before = store.verify(path)
+    runs.note(locate(path), "0-first", {"samples": 3})
+    runs.note(locate(path), "0-first", {"samples": 4})
+    assert unsealed((path / "record/runs/0-first.json").read_bytes()) == {"samples": 4}
+    assert store.open(path).runs == [{"samples": 4}]
+    assert store.verify(path) == before
+    (path / "record/runs/0-first.json").write_bytes(b"{}")
+    assert store.open(path).runs == []
+    assert store.verify(path).problems == [
+        "record/runs/0-first.json is damaged: a note of a run, `repair` removes it"
+    ]
+    assert store_repair(path) == before
 
 
 # ----------------------------------------------------------------------------------------------------------- 7. Growth

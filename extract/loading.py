@@ -1,0 +1,211 @@
+"""Rows made into model inputs by processes of their own: the one that runs the model is never asked for the interpreter."""
+
+import multiprocessing
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self
+
+import google_crc32c
+import polars as pl
+import torch
+
+from extract.omniedit import BadSample, Checks, hub_rows, judged
+from extract.rows import Place, SetAside, Shards
+from extract.sequence import Conditioner, Prepared
+from store.errors import Refusal
+
+MOVED = "the data no longer hold it where it was planned"
+CHANGED = "the data changed since it was planned"
+MOST_PROCESSES = 8
+FEW_SAMPLES = 512
+"""Of so many samples, a process of its own costs more to start than it saves."""
+
+
+Row = tuple[Place, Mapping[str, Any]] | SetAside
+"""A row with its place, or why it cannot be had."""
+
+
+class Planned(NamedTuple):
+    """What the plan says of a sample: by this, a row is known to be the one that was planned."""
+
+    sample_id: str
+    instruction: str
+    width: int
+    height: int
+    image_crc32c: int
+
+
+@dataclass(frozen=True)
+class Kit:
+    """What it takes to turn a row into model inputs; sent to every loader once."""
+
+    checks: Checks
+    conditioners: Mapping[str, Conditioner]
+    """By purpose."""
+    dtype: torch.dtype = torch.float32
+    """Of pixels: the model casts them to its own, so they may as well travel in it."""
+
+
+class Loaders:
+    """Loader processes (or a thread of this one), given work in order.
+
+    Parameters
+    ----------
+    kit
+        What they work with.
+    processes
+        How many; with none, a thread of this process does the work.
+    """
+
+    def __init__(self, kit: Kit, processes: int):
+        self.processes = processes
+        if processes:
+            # Not by fork: threads of torch, polars and object stores do not survive one.
+            context = multiprocessing.get_context("spawn")
+            self._pool = ProcessPoolExecutor(processes, context, _begin, (kit,))
+            self._kit = None
+        else:
+            self._pool = ThreadPoolExecutor(1, "load")
+            self._kit = kit
+
+    def submit(self, work: Callable[..., Any], *given: Any) -> "Future[tuple[Any, float]]":
+        """Have ``work(kit, *given)`` done: its result and the seconds it took."""
+        return self._pool.submit(_timed, work, self._kit, given)
+
+    def result(self, future: "Future[tuple[Any, float]]") -> tuple[Any, float]:
+        """What a future gives, or a Refusal where a loader process died."""
+        try:
+            return future.result()
+        except BrokenProcessPool:
+            raise Refusal(
+                "a loader process died, most likely for want of memory: give fewer --loaders or a smaller --batch-size"
+            ) from None
+
+    def close(self) -> None:
+        """End the processes; work that has not begun is dropped."""
+        self._pool.shutdown(cancel_futures=True)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def default_processes(samples: int | None, device: torch.device, threads: int) -> int:
+    """Loader processes for so many samples (null: unknown, many): what cores the model leaves, and one at least."""
+    if samples is not None and samples < FEW_SAMPLES:
+        return 0
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(MOST_PROCESSES, cores - (threads if device.type == "cpu" else 1)))
+
+
+_KIT: Kit | None = None
+
+
+def _begin(kit: Kit) -> None:
+    """Set up a loader process: one thread, the kit, and an end when its parent ends, however that happens."""
+    global _KIT
+    _KIT = kit
+    os.environ["POLARS_MAX_THREADS"] = "1"
+    torch.set_num_threads(1)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _timed(work: Callable[..., Any], kit: Kit | None, given: Sequence[Any]) -> tuple[Any, float]:
+    began = time.perf_counter()
+    result = work(_KIT if kit is None else kit, *given)
+    return result, time.perf_counter() - began
+
+
+def prepare(
+    kit: Kit, planned: Sequence[Planned], rows: Sequence[Row], purposes: Sequence[str]
+) -> list[dict[str, Prepared] | str]:
+    """Planned samples as model inputs by purpose, or the reason why one cannot be had any more; done by a loader."""
+    conditioners = {purpose: kit.conditioners[purpose] for purpose in purposes}
+    return [_prepared(kit, conditioners, one, row) for one, row in zip(planned, rows, strict=True)]
+
+
+def _prepared(
+    kit: Kit, conditioners: Mapping[str, Conditioner], planned: Planned, row: Row
+) -> dict[str, Prepared] | str:
+    try:
+        sample = row if isinstance(row, SetAside) else judged(row[1], row[0], kit.checks)
+        if isinstance(sample, SetAside):
+            raise BadSample(sample.reason, sample.detail)
+        if sample.sample_id != planned.sample_id:
+            raise BadSample(MOVED)
+        found = Planned(*planned[:1], sample.instruction, sample.width, sample.height, crc_of(sample.source))
+        if found != planned:
+            raise BadSample(CHANGED)
+        picture = sample.image
+        return {
+            purpose: _lighter(conditioner.prepare(picture, sample.instruction, sample.sample_id), kit.dtype)
+            for purpose, conditioner in conditioners.items()
+        }
+    except BadSample as bad:
+        return str(bad)
+
+
+def _lighter(prepared: Prepared, dtype: torch.dtype) -> Prepared:
+    """The same with pixels in the model's dtype."""
+    for name, values in prepared.pixels.items():
+        if values.is_floating_point():
+            prepared.pixels[name] = values.to(dtype)
+    return prepared
+
+
+def crc_of(source: bytes) -> int:
+    """The CRC-32C of an encoded picture, as the plan keeps it."""
+    return google_crc32c.value(source)
+
+
+def planned_of(samples: pl.DataFrame) -> list[Planned]:
+    """What a plan's samples table says of each sample."""
+    return [Planned(*row) for row in samples.select(Planned._fields).iter_rows()]
+
+
+class Source:
+    """The rows of planned samples. An object serves one thread.
+
+    Local shards are read by place. A stream from the hub is read from its start up to what is asked, so that going
+    back starts it again: workers that share a stream each read all of it.
+    """
+
+    def __init__(self, data: str, seed: int | None):
+        self._data, self._seed = data, seed
+        self._shards = Shards(data) if Path(data).expanduser().exists() else None
+        self._stream: Iterator[Any] = iter(())
+        self._at = None
+
+    def rows(self, places: Sequence[Place]) -> list[Row]:
+        """The rows at ``places``, in this order (of a stream: ascending), or why one cannot be had."""
+        if self._shards is not None:
+            found = self._shards.rows(places)
+            return [
+                row if isinstance(row, SetAside) else (place, row) for place, row in zip(places, found, strict=True)
+            ]
+        if self._at is None or places[0].row < self._at:
+            self._stream, self._at = hub_rows(self._data, "train", False, self._seed), 0
+        wanted, found = iter(places), []
+        next_place = next(wanted)
+        for item in self._stream:
+            place = item.place if isinstance(item, SetAside) else item[0]
+            self._at = place.row + 1
+            if place == next_place:
+                found.append(item)
+                if (next_place := next(wanted, None)) is None:
+                    break
+        return found + [SetAside(None, place, MOVED) for place in places[len(found) :]]
