@@ -1,17 +1,21 @@
 """The VLM's own answer: the box it gives when it is asked to speak, greedily decoded and brought to source pixels."""
 
 import re
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from enum import StrEnum
 
-import torch
 from PIL import Image
 from torch import nn
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
-from extract.sequence import Conditioner
+from extract.decoding import Said, ask
+from extract.sequence import Conditioner, Prepared
 
 Box = tuple[float, float, float, float]
+BOX_COLUMNS = ("x1", "y1", "x2", "y2")
+KEPT_CHARACTERS = 500  # of an answer, beside its sample
 
 # Digits are bounded: a model that rambles writes numbers that no float holds.
 _NUMBER = r"\s*(-?\d{1,9}(?:\.\d{0,9})?)\s*"
@@ -19,12 +23,36 @@ _FOUR = re.compile(r"[\[(]" + ",".join([_NUMBER] * 4) + r"[\])]")
 _NAMED = re.compile(r"bbox_2d[\"']?\s*[:=]\s*" + _FOUR.pattern)
 
 
+class Problem(StrEnum):
+    """Why an answer is no usable box."""
+
+    NO_NUMBERS = "no list of four numbers"
+    UNFINISHED = "unfinished at the longest answer"
+    DEGENERATE = "box without area in the picture"
+
+
 @dataclass(frozen=True)
 class Answer:
-    """What the model said about one sample: its words, and the box in source pixels (null: no box in the words)."""
+    """What the model said about one sample: its words, and the box in source pixels (null: no box in the words).
+
+    Attributes
+    ----------
+    problem
+        Why there is no box, or that it has no area or lies outside the picture (``box`` is then its part on the
+        picture's edge); null where nothing is wrong.
+    tokens
+        How many tokens were decoded.
+    """
 
     text: str
     box: Box | None
+    problem: Problem | None
+    tokens: int
+
+    def columns(self) -> dict[str, float | str | None]:
+        """The answer as columns of a table: the box, the first 500 characters, the problem."""
+        said = {"answer": self.text[:KEPT_CHARACTERS], "problem": None if self.problem is None else str(self.problem)}
+        return dict(zip(BOX_COLUMNS, self.box or (None,) * 4, strict=True)) | said
 
 
 def parse_box(text: str, resized_size: tuple[int, int], source_size: tuple[int, int]) -> Box | None:
@@ -57,59 +85,28 @@ def parse_box(text: str, resized_size: tuple[int, int], source_size: tuple[int, 
     return left, top, right, bottom
 
 
-class _Complete(StoppingCriteria):
-    """Ends a sample's decoding as soon as its answer holds what was asked for."""
-
-    def __init__(self, tokenizer, prompt_length: int, complete: re.Pattern):
-        self.tokenizer, self.prompt_length, self.complete = tokenizer, prompt_length, complete
-
-    def __call__(self, input_ids: torch.LongTensor, scores: torch.FloatTensor, **kwargs) -> torch.BoolTensor:
-        said = self.tokenizer.batch_decode(input_ids[:, self.prompt_length :], skip_special_tokens=True)
-        return torch.tensor([bool(self.complete.search(text)) for text in said], device=input_ids.device)
-
-
-@torch.no_grad()
-def generate(
+def ask_boxes(
     model: nn.Module,
+    prepared: Sequence[Prepared],
     conditioner: Conditioner,
-    samples: Sequence[tuple[Image.Image, str]],
-    max_new_tokens: int,
-    complete: re.Pattern | None = None,
-) -> list[str]:
-    """The model's greedy answers to one batch of samples.
+    max_new_tokens: int = 400,
+    features: BaseModelOutputWithPooling | None = None,
+) -> list[Answer]:
+    """Ask the model for the boxes of several samples at once.
 
     Parameters
     ----------
-    model
-        A ``Qwen2_5_VLForConditionalGeneration`` in evaluation mode.
-    conditioner
-        Around the prompt to answer, with ``model``. Decoding always uses the model's own 3-D positions.
-    samples
-        RGB picture and instruction.
+    model, features
+        As `extract.decoding.ask` takes them.
+    prepared, conditioner
+        The samples, and what prepared them: one around ``extract.prompts.GROUND_TEMPLATE``.
     max_new_tokens
-        Longest answer.
-    complete
-        An answer in which this is found is long enough; otherwise it goes on to the end of the turn.
-
-    Raises
-    ------
-    BadSample
-        An instruction cannot be encoded.
+        Longest answer; [ABP] allows 400 tokens. An answer ends as soon as its box is complete.
     """
-    batch = conditioner.batch(samples, padding_side="left").to(model.device)
-    # Positions are left to `generate`, which has to go on counting from them; it needs the token types to do so.
-    inputs = {name: tensor for name, tensor in batch.inputs.items() if name != "position_ids"}
-    length = inputs["input_ids"].shape[1]
-    tokenizer = conditioner.tokenizer
-    stop = StoppingCriteriaList([] if complete is None else [_Complete(tokenizer, length, complete)])
-    own = model.generation_config
-    # `generate` fills what a configuration leaves open from the checkpoint's, so that one has to be put aside.
-    model.generation_config = greedy(tokenizer, max_new_tokens)
-    try:
-        said = model.generate(**inputs, stopping_criteria=stop)[:, length:]
-    finally:
-        model.generation_config = own
-    return tokenizer.batch_decode(said, skip_special_tokens=True)
+    batch = conditioner.collate(prepared, padding_side="left").to(model.device)
+    said = ask(model, batch, conditioner.tokenizer, max_new_tokens, _NAMED, features)
+    sizes = [one.source_size for one in prepared]
+    return [read_answer(one, conditioner.resized_size(*size), size) for one, size in zip(said, sizes, strict=True)]
 
 
 def generate_boxes(
@@ -118,25 +115,20 @@ def generate_boxes(
     samples: Sequence[tuple[Image.Image, str]],
     max_new_tokens: int = 400,
 ) -> list[Answer]:
-    """Ask the model for the boxes of one batch of samples; see `generate`.
-
-    ``conditioner`` is one around ``extract.prompts.GROUND_TEMPLATE``. [ABP] allows 400 tokens; decoding stops as soon
-    as every sample's box is complete.
-    """
-    texts = generate(model, conditioner, samples, max_new_tokens, _NAMED)
-    sizes = [picture.size for picture, _ in samples]
-    return [
-        Answer(text, parse_box(text, conditioner.resized_size(*size), size))
-        for text, size in zip(texts, sizes, strict=True)
-    ]
+    """`ask_boxes` of (RGB picture, instruction); raises `BadSample` for what cannot be encoded."""
+    return ask_boxes(model, [conditioner.prepare(*sample) for sample in samples], conditioner, max_new_tokens)
 
 
-def greedy(tokenizer, max_new_tokens: int) -> GenerationConfig:
-    """Plain greedy decoding up to the end of the turn."""
-    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
-    return GenerationConfig(
-        max_new_tokens=max_new_tokens,
-        do_sample=False,
-        eos_token_id=sorted(ends),
-        pad_token_id=tokenizer.pad_token_id,
-    )
+def read_answer(said: Said, resized_size: tuple[int, int], source_size: tuple[int, int]) -> Answer:
+    """What was said as a box, or as the problem with it; sizes as in `parse_box`."""
+    box = parse_box(said.text, resized_size, source_size)
+    if box is None:
+        problem = Problem.NO_NUMBERS if said.finished else Problem.UNFINISHED
+    else:
+        problem = None if box[0] < box[2] and box[1] < box[3] else Problem.DEGENERATE
+    return Answer(said.text, box, problem, said.tokens)
+
+
+def count_problems(problems: Iterable[str | None]) -> dict[str, int]:
+    """How often each problem occurs, the most frequent first; null is none."""
+    return dict(Counter(problem for problem in problems if problem is not None).most_common())

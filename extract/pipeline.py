@@ -98,8 +98,9 @@ class Extractor:
     def ask(self, ready: Sequence[dict[str, Prepared]]) -> list[Answer]:
         """The model's own boxes, in source pixels."""
         with self.clock("boxes"):
-            batch = self.grounder.collate([one["ground"] for one in ready], padding_side="left").to(self.model.device)
-            return ask_boxes(self.model, batch, self.grounder, self.config.max_new_tokens)
+            return ask_boxes(
+                self.model, [one["ground"] for one in ready], self.grounder, self.config.max_new_tokens
+            )
 
     def run(self, ready: Sequence[Prepared]) -> tuple[Batch, Pass, torch.Tensor]:
         """One pass over a batch: the batch, what it gave, and per sample how many image and text tokens were kept."""

@@ -90,6 +90,32 @@ def tiny_model(tiny_config):
     return make
 
 
+@pytest.fixture
+def scripted():
+    """A function that makes a model say fixed token ids, one a step, and gives the list of rows of every step.
+
+    Scripts are sorted, longest first: samples that have ended may leave the batch, and those left move up.
+    """
+    hooks = []
+
+    def speak(model, scripts) -> list[int]:
+        rows = []
+
+        def say(module, args, logits):
+            logits = torch.full_like(logits, -10.0)
+            for row, script in zip(range(len(logits)), scripts, strict=False):
+                logits[row, -1, script[min(len(rows), len(script) - 1)]] = 10.0
+            rows.append(len(logits))
+            return logits
+
+        hooks.append(model.lm_head.register_forward_hook(say))
+        return rows
+
+    yield speak
+    for hook in hooks:
+        hook.remove()
+
+
 @pytest.fixture(scope="session")
 def s3_endpoint():
     """A real S3 server on loopback."""

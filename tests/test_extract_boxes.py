@@ -1,12 +1,12 @@
 """Boxes that the model speaks: parsed under any words, brought to source pixels, the same alone and in a batch."""
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from extract.boxes import generate_boxes, parse_box
+from extract.boxes import Problem, count_problems, generate_boxes, parse_box, read_answer
+from extract.decoding import Said
 from extract.prompts import GROUND_TEMPLATE
 from extract.sequence import Conditioner
 
@@ -90,33 +90,52 @@ def test_decoding_uses_the_models_own_positions(processor, model):
     assert seen[1][:, :, 0].equal(batch.inputs["position_ids"].amax(-1) + 1)
 
 
-def scripted(model, answers):
-    """Make the model say fixed token ids, one a step; gives the hook and the list of steps."""
-    steps = []
-
-    def say(module, args, logits):
-        logits = torch.full_like(logits, -10.0)
-        for number, answer in enumerate(answers):
-            logits[number, -1, answer[min(len(steps), len(answer) - 1)]] = 10.0
-        steps.append(1)
-        return logits
-
-    return model.lm_head.register_forward_hook(say), steps
-
-
-def test_decoding_stops_when_every_box_is_complete(processor, model):
+def test_an_answer_ends_with_its_box_in_source_pixels(processor, model, scripted):
     conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
-    says = ['{"bbox_2d": [0, 28, 70, 42]} and so on, and so on, for ever', 'cat {"bbox_2d": [1, 2, 3, 4]} and so on']
-    script = [processor.tokenizer(text)["input_ids"] for text in says]
-    hook, steps = scripted(model, script)
+    says = ['{"bbox_2d": [0, 28, 70, 42]} and so on, for ever', '{"bbox_2d": [1, 2, 3, 4]} and so on']
+    scripted(model, [processor.tokenizer(text)["input_ids"] for text in says])
     answers = generate_boxes(model, conditioner, SAMPLES[:2], 100)
-    hook.remove()
     for answer, text in zip(answers, says, strict=True):
         assert text.startswith(answer.text)
         assert "so on" not in answer.text
-    assert len(steps) < min(map(len, script))
     resized = conditioner.resized_size(150, 90)
     assert answers[0].box == pytest.approx((0, 28 * 90 / resized[1], 70 * 150 / resized[0], 42 * 90 / resized[1]))
+
+
+@pytest.mark.parametrize(
+    ("text", "finished", "problem"),
+    [
+        ('{"bbox_2d": [1, 2, 3, 4]}', True, None),
+        ("it is at [1, 2, 3, 4], and so on", False, None),
+        ("I see no such thing.", True, Problem.NO_NUMBERS),
+        ("[1, 2, 3]", True, Problem.NO_NUMBERS),
+        ('{"bbox_2d": [1, 2, 3', False, Problem.UNFINISHED),
+        ("", False, Problem.UNFINISHED),
+        ("[1, 2, 1, 4]", True, Problem.DEGENERATE),
+        ("[1, 2, 3, 2]", True, Problem.DEGENERATE),
+        ("[100, 2, 130, 4]", True, Problem.DEGENERATE),
+        ("[1, -40, 3, 0]", True, Problem.DEGENERATE),
+        ("[90, 90, 130, 140]", True, None),
+    ],
+)
+def test_an_answer_says_why_it_is_no_usable_box(text, finished, problem):
+    answer = read_answer(Said(text, 5, finished), (100, 100), (50, 200))
+    assert answer.problem == problem
+    assert (answer.box is None) == (problem in (Problem.NO_NUMBERS, Problem.UNFINISHED))
+
+
+@given(st.text(max_size=700), st.booleans(), side, side)
+def test_the_columns_of_any_answer_go_into_a_table(text, finished, width, height):
+    columns = read_answer(Said(text, 5, finished), (width, height), (width, height)).columns()
+    assert list(columns) == ["x1", "y1", "x2", "y2", "answer", "problem"]
+    assert text.startswith(columns["answer"])
+    assert len(columns["answer"]) == min(len(text), 500)
+    assert columns["problem"] is None or type(columns["problem"]) is str
+
+
+def test_problems_are_counted_the_most_frequent_first():
+    problems = [None, Problem.UNFINISHED, Problem.NO_NUMBERS, None, Problem.NO_NUMBERS]
+    assert list(count_problems(problems).items()) == [(Problem.NO_NUMBERS, 2), (Problem.UNFINISHED, 1)]
 
 
 def test_the_checkpoints_sampling_defaults_do_not_bend_greedy_decoding(processor, model, monkeypatch):

@@ -14,7 +14,8 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
-from extract.boxes import generate, generate_boxes
+from extract import decoding
+from extract.boxes import generate_boxes
 from extract.model import load_model, load_processor
 from extract.pocket.build import WEIGHTS
 from extract.pocket.lesson import describe
@@ -111,7 +112,8 @@ def score_descriptions(model, processor, held: Sequence[Held], batch_size: int) 
     said: list[str] = []
     for first in tqdm(range(0, len(held), batch_size), desc="describe", unit="batch"):
         pairs = [(h.image, h.instruction) for h in held[first : first + batch_size]]
-        said += generate(model, conditioner, pairs, max_new_tokens=80)
+        batch = conditioner.batch(pairs, padding_side="left")
+        said += [one.text for one in decoding.ask(model, batch, conditioner.tokenizer, max_new_tokens=80)]
     scores: dict[str, float] = {"n": len(held)}
     for name, part in (("whole", slice(None)), ("scene", slice(1)), ("change", slice(1, None))):
         hits = sum(s.split(". ")[part] == h.description.split(". ")[part] for s, h in zip(said, held, strict=True))
