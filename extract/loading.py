@@ -1,4 +1,4 @@
-"""Rows made into model inputs by processes of their own: the one that runs the model is never asked for the interpreter."""
+"""Rows made into model inputs by processes of their own: they never ask the one that runs the model for anything."""
 
 import multiprocessing
 import os

@@ -130,7 +130,7 @@ def read(
 
 
 def rows_of(data: str | Path, split: str = "train", edited: bool = False, seed: int | None = None) -> Iterator[Any]:
-    """The rows as they are, with their places, and what cannot be read; see `read`, which also raises what this does."""
+    """The rows as they are, with their places, and what cannot be read; parameters and errors as of `read`."""
     path = Path(data).expanduser()
     if path.exists():
         return Shards(path, split, edited).walk(seed)

@@ -1,4 +1,4 @@
-"""The pass over planned samples: read → prepare → run → move → write, every stage beside the others, all of them bounded.
+"""The pass over planned samples: read → prepare → run → move → write, every stage beside the others, all bounded.
 
 A thread reads rows and hands them, a batch at a time, to the loaders; this thread runs the model and does nothing
 else that takes long; another takes what leaves the device and gives it to the store's writer, which has threads of
@@ -98,12 +98,10 @@ class Extractor:
     def ask(self, ready: Sequence[dict[str, Prepared]]) -> list[Answer]:
         """The model's own boxes, in source pixels."""
         with self.clock("boxes"):
-            return ask_boxes(
-                self.model, [one["ground"] for one in ready], self.grounder, self.config.max_new_tokens
-            )
+            return ask_boxes(self.model, [one["ground"] for one in ready], self.grounder, self.config.max_new_tokens)
 
-    def run(self, ready: Sequence[Prepared]) -> tuple[Batch, Pass, torch.Tensor]:
-        """One pass over a batch: the batch, what it gave, and per sample how many image and text tokens were kept."""
+    def run(self, ready: Sequence[Prepared]) -> tuple[Pass, torch.Tensor]:
+        """One pass over a batch: what it gave, and per sample how many tokens of each kind were kept, ``[b, kind]``."""
         batch = self.conditioner.collate(ready)
         counts, keep = kept_tokens(batch, self.plan.kinds)
         batch = batch.to(self.model.device)
@@ -116,7 +114,7 @@ class Extractor:
         done = single_pass(
             self.model, batch.inputs, plan.layers, keep=keep.to(self.model.device, non_blocking=True), **rows
         )
-        return batch, done, counts
+        return done, counts
 
     def check(self, ready: Sequence[Prepared], hidden_lnd: torch.Tensor, counts: torch.Tensor) -> None:
         """Run the batch's shortest sample, which has the most padding, alone: its states must be the same.
@@ -131,7 +129,7 @@ class Extractor:
         shortest = int(counts.sum(1).argmin())
         end = counts.sum(1).cumsum(0)[shortest]
         among = hidden_lnd[:, end - counts[shortest].sum() : end].float()
-        _, alone, _ = self.run(ready[shortest : shortest + 1])
+        alone, _ = self.run(ready[shortest : shortest + 1])
         apart = (among - alone.hidden.float()).flatten(1).norm(dim=1) / among.flatten(1).norm(dim=1)
         worst = int(apart.argmax())
         one = Check(ready[shortest].sample_id, self.plan.layers[worst], float(apart[worst]))
@@ -139,8 +137,8 @@ class Extractor:
         # Not `>`: what is no number must not pass.
         if not one.difference <= TOLERANCE[self.model.dtype]:
             raise Refusal(
-                f"sample {one.sample_id!r} has other states at layer {one.layer} alone than in its batch: they differ by "
-                f"{one.difference:.3g} of their norm, {TOLERANCE[self.model.dtype]} is allowed; try --batch-size 1"
+                f"sample {one.sample_id!r} has other states at layer {one.layer} alone than in its batch: they differ "
+                f"by {one.difference:.3g} of their norm, {TOLERANCE[self.model.dtype]} is allowed; try --batch-size 1"
             )
 
 
@@ -298,7 +296,7 @@ class Filling:
 
     def _run(self, item: _Loading, check: bool) -> _Done:
         """Ask the model for the boxes, where that is wanted, and run the pass."""
-        extractor, config, clock = self.extractor, self.extractor.config, self.extractor.clock
+        extractor, clock = self.extractor, self.extractor.clock
         with clock("wait for inputs"):
             found, seconds = self.loaders.result(item.future)
         clock.add("prepare", seconds)
@@ -317,7 +315,7 @@ class Filling:
         done.samples, inputs, done.values = map(list, zip(*ready, strict=True))
         done.prepared = [one["edit"] for one in inputs]
         with clock("pass"):
-            batch, captured, counts = extractor.run(done.prepared)
+            captured, counts = extractor.run(done.prepared)
             if check:
                 extractor.check(done.prepared, captured.hidden, counts)
                 self.checked()
@@ -397,7 +395,7 @@ class _Countdown:
 def kept_arrays(
     arrays: dict[str, np.ndarray], number: int, start: int, counts: np.ndarray, one: Prepared, plan: store.Plan
 ) -> dict[str, np.ndarray]:
-    """What is kept of the batch's sample ``number``, as `store.Writer`'s ``add`` takes it; its tokens begin at ``start``."""
+    """What is kept of a batch's sample, whose kept tokens begin at ``start``, as `store.Writer`'s ``add`` takes it."""
     kept = {}
     if "hidden" in arrays:
         for kind, count in zip(plan.kinds, counts.tolist(), strict=True):

@@ -89,7 +89,7 @@ def wanted_layers(config: ExtractConfig, blocks: int) -> tuple[str, ...]:
         ends = re.fullmatch(r"(\d+)-(\d+|final)", name) or re.fullmatch(r"(embed)-(\d+|final)", name)
         first, last = ends.groups() if ends else (name, name)
         if first not in every or last not in every or every.index(first) > every.index(last):
-            raise Refusal(f"--layers names {name!r}; this model has {', '.join(every)}, and ranges such as 1-{every[-2]}")
+            raise Refusal(f"--layers names {name!r}; this model has {', '.join(every)}, and ranges such as 0-final")
         asked |= set(every[every.index(first) : every.index(last) + 1])
     return tuple(name for name in every if name in asked)
 
@@ -108,11 +108,29 @@ class Planner:
         return load_processor(self.folder, self.config.max_pixels)
 
     @cached_property
+    def model_config(self):
+        """The checkpoint's configuration."""
+        return AutoConfig.from_pretrained(self.folder)
+
+    @cached_property
     def conditioner(self) -> Conditioner:
-        """Counts tokens; has no model."""
-        return Conditioner(
-            self.processor, editing_template(), self.config.positions, AutoConfig.from_pretrained(self.folder)
-        )
+        """Makes what conditions the editor."""
+        return Conditioner(self.processor, editing_template(), self.config.positions, self.model_config)
+
+    @cached_property
+    def grounder(self) -> Conditioner:
+        """Makes what asks for the box."""
+        return Conditioner(self.processor, GROUND_TEMPLATE, "mrope", self.model_config)
+
+    def kit(self) -> Kit:
+        """What loaders need."""
+        conditioners = {"edit": self.conditioner} | ({"ground": self.grounder} if self.config.vlm_boxes else {})
+        return Kit(checks_of(self.config), conditioners, getattr(torch, self.config.dtype))
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Everything that determines the bytes of the states."""
+        return identity(self.folder, self.processor, editing_template(), self.config, self.device)
 
     def plan_of(self, samples: pl.DataFrame) -> store.Plan:
         """The plan for a samples table."""
@@ -123,7 +141,7 @@ class Planner:
             layers=layers,
             width=text.hidden_size,
             samples=samples,
-            identity=identity(self.folder, self.processor, editing_template(), config, self.device),
+            identity=self.identity,
             dtype=config.dtype,
             kinds=KINDS if config.tokens == "all" else (config.tokens,),
             attention=tuple(f"text_to_{kind}" for kind in KINDS if config.keys in ("all", kind)) if rows else (),

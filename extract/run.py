@@ -11,7 +11,9 @@ import polars as pl
 import torch
 
 import store
+from extract.cluster import fill_on_cluster
 from extract.config import ExtractConfig
+from extract.estimate import foresee
 from extract.loading import Loaders, default_processes
 from extract.model import find_checkpoint, load_model
 from extract.pipeline import TOLERANCE, Clock, Extractor, Filling
@@ -26,11 +28,8 @@ SELECTION = "selection"  # name of the note that says by what a store's samples 
 def extract(config: ExtractConfig) -> int:
     """Plan, extract, verify; the exit code is 0 only when every planned block is committed and sound."""
     began, clock, rank = time.perf_counter(), Clock(), find_rank()
-    device = find_device(config, rank)
-    if config.threads:
-        torch.set_num_threads(config.threads)
-    planner = Planner(config, find_checkpoint(config.model, config.revision), device)
-    with Loaders(planner.kit(), loader_processes(config, device)) as loaders:
+    planner, loaders = begin(config, rank)
+    with loaders:
         if config.dry_run or config.budget:
             return foresee(planner, loaders)
         with by_turns(config, rank):
@@ -52,6 +51,15 @@ def extract(config: ExtractConfig) -> int:
         report = store.verify(config.store)
     print_summary(config, clock, time.perf_counter() - began, loaders.processes, report)
     return 0 if report.ok else 1
+
+
+def begin(config: ExtractConfig, rank: Rank) -> tuple[Planner, Loaders]:
+    """What every process of an extraction has: the checkpoint and its device, and loaders (to be closed)."""
+    device = find_device(config, rank)
+    if config.threads:
+        torch.set_num_threads(config.threads)
+    planner = Planner(config, find_checkpoint(config.model, config.revision), device)
+    return planner, Loaders(planner.kit(), loader_processes(config, device))
 
 
 def find_device(config: ExtractConfig, rank: Rank) -> torch.device:
@@ -112,7 +120,7 @@ def lay_out(planner: Planner, loaders: Loaders) -> None:
 
 
 def planned_before(config: ExtractConfig, chosen: dict) -> tuple[pl.DataFrame | None, pl.DataFrame | None]:
-    """The samples and what was set aside of a store that was planned with the same selection; nulls if there is none."""
+    """The samples of a store that was planned with this selection, and what was set aside; nulls if there is none."""
     try:
         opened = store.open(config.store)
     except Refusal:  # it is not there, or not laid out to the end

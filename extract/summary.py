@@ -52,9 +52,7 @@ def print_plan(plan: store.Plan, set_aside: pl.DataFrame, estimate: dict[str, in
         print(f"  the data hold fewer usable samples than --limit {limit}")
 
 
-def print_summary(
-    config: ExtractConfig, clock: Clock, seconds: float, loaders: int, report: store.Report
-) -> None:
+def print_summary(config: ExtractConfig, clock: Clock, seconds: float, loaders: int, report: store.Report) -> None:
     """What is on disk, what was set aside and why, where the time went."""
     opened = store.open(config.store)
     on_disk = store.disk_usage(config.store)["total"]["disk"]
@@ -75,7 +73,7 @@ def print_summary(
         for problem, count in count_problems(asked["vlm_problem"]).items():
             print(f"    {count} × {problem}")
     for check in [check for run in opened.runs for check in run.get("checks", ())][-1:]:
-        print(f"  batches    sample {check['sample_id']} alone differs by {check['difference']:.2g} of its norm at most")
+        print(f"  batches    {check['sample_id']} alone differs by {check['difference']:.2g} of its norm at most")
     for line in time_lines(clock, seconds, loaders):
         print(line)
     verdict = "verified" if report.ok else "NOT whole: " + "; ".join(report.problems[:5])

@@ -66,9 +66,7 @@ class Progress:
         self._path, self._plan, self._alone = path, plan, rank.workers == 1
         self._lock, self._looked = threading.Lock(), time.monotonic()
         self._own = self._committed()
-        self._bar = tqdm(
-            total=plan.n_samples, initial=self._own, desc=described, unit="sample", disable=rank.local > 0, mininterval=0.5
-        )
+        self._bar = tqdm(total=plan.n_samples, initial=self._own, desc=described, unit="sample", disable=rank.local > 0)
 
     def __call__(self, samples: int) -> None:
         """So many samples more went to this process's writer; look at the others now and then."""

@@ -1384,9 +1384,7 @@ def test_rule_6_7_notes_of_runs_are_sealed_and_in_no_hash(tmp_path, one):
     assert store.verify(path) == before
     (path / "record/runs/0-first.json").write_bytes(b"{}")
     assert store.open(path).runs == []
-    assert store.verify(path).problems == [
-        "record/runs/0-first.json is damaged: a note of a run, `repair` removes it"
-    ]
+    assert store.verify(path).problems == ["record/runs/0-first.json is damaged: a note of a run, `repair` removes it"]
     assert store_repair(path) == before
 
 
