@@ -13,7 +13,7 @@ from extract.capture import embed, single_pass
 def measure(pocket: Pocket, turns: Turns) -> list[Row]:
     """Rows of one padded batch; the vision tower runs before, so that it thins no difference."""
     model, layers = pocket.extractor.model, pocket.plan.layers
-    batch = pocket.first_batch()
+    batch = max(pocket.batches(), key=lambda one: one.inputs["input_ids"].numel())
     inputs, asked = batch.inputs, batch.query_mask
     states = embed(model, inputs)
     decoder = model.model.language_model
@@ -38,4 +38,12 @@ def measure(pocket: Pocket, turns: Turns) -> list[Row]:
         ),
     }
     seconds = turns.take(contenders)
-    return [time_row("capture", name, seconds[name], bare, seconds[bare]) for name in contenders if name != bare]
+    rows = [time_row("capture", name, seconds[name], bare, seconds[bare]) for name in contenders if name != bare]
+    without, with_rows = "whole pass, states", "whole pass, states + mean attention rows"
+    seconds = turns.take(
+        {
+            without: lambda: single_pass(model, inputs, layers),
+            with_rows: lambda: single_pass(model, inputs, layers, "mean", asked),
+        }
+    )
+    return [*rows, time_row("capture", with_rows, seconds[with_rows], without, seconds[without], goal=1.1)]

@@ -10,6 +10,8 @@ class Sizes:
 
     samples: int
     """Scenes of the pocket store."""
+    extracted: int
+    """Scenes of the extraction that is timed."""
     batch: int
     """Scenes of a pass."""
     made_samples: int
@@ -50,6 +52,7 @@ class Sizes:
 
 FULL = Sizes(
     samples=128,
+    extracted=512,
     batch=32,
     made_samples=128,
     made_layers=10,
@@ -71,6 +74,7 @@ FULL = Sizes(
 )
 QUICK = Sizes(
     samples=12,
+    extracted=16,
     batch=6,
     made_samples=10,
     made_layers=3,

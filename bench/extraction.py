@@ -1,43 +1,48 @@
-"""The loop of ``python -m extract``, everything kept and boxes off, over the bare forward of the same batches."""
+"""``python -m extract`` between laying out and verifying, over the bare forward of its batches; and its workers."""
 
+import multiprocessing
+import os
+import shutil
 import time
 from collections import defaultdict
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import torch
 
-from bench.measure import Row, Turns, time_row
-from bench.pocket import Pocket
+import store
+from bench.measure import Row, Turns, figure_row, missing_row, own_memory, time_row
+from bench.pocket import Pocket, quiet
+from extract.config import ExtractConfig
+from extract.pipeline import Clock
+from extract.run import begin, fill, make_extractor
+from extract.workers import Rank
 
-STAGES = {"read": "reading rows", "decode": "decoding pictures", "prepare": "inputs and token tables"}
-STAGES |= {"forward": "the pass that keeps", "write": "writing the store"}
+STAGES = {
+    "read": "reading rows",
+    "prepare": "pictures, inputs, token tables",
+    "wait for inputs": "the model waiting for them",
+    "pass": "the pass that keeps",
+    "hand over": "handing over to the writer",
+    "encode": "encoding",
+    "write": "writing",
+    "sync": "syncing",
+}
 
 
 @torch.no_grad()
 def measure(pocket: Pocket, turns: Turns) -> list[Row]:
-    """The loop, then where its time goes; leaves the filled store at ``pocket.config.store``."""
-    core, conditioner, clock = pocket.extractor.model.model, pocket.extractor.conditioner, pocket.extractor.clock
-    batches, spent = [], defaultdict(list)
-    make = conditioner.batch
+    """The pipeline, then where its time goes: stages work beside each other, so they add up to more than it takes."""
+    core, batches, spent = pocket.extractor.model.model, pocket.batches(), defaultdict(list)
 
-    def remember(pairs):
-        batches.append(make(pairs))
-        return batches[-1]
-
-    # The batches are the loop's own, so they are taken from it.
-    conditioner.batch = remember
-    pocket.new_store()
-    pocket.fill_store()
-    del conditioner.batch
-
-    def loop() -> float:
+    def pipeline() -> float:
         pocket.new_store()
-        clock.seconds.clear()
         began = time.perf_counter()
         pocket.fill_store()
         took = time.perf_counter() - began
         for stage in STAGES:
-            spent[stage].append(clock.seconds[stage])
+            spent[stage].append(pocket.extractor.clock.seconds[stage])
         return took
 
     def forward() -> None:
@@ -45,9 +50,109 @@ def measure(pocket: Pocket, turns: Turns) -> list[Row]:
             core(**batch.inputs, use_cache=False)
 
     bare, whole = "bare forward of the batches", "everything kept, written"
-    seconds = turns.take({bare: forward, whole: loop})
-    measured = {whole: seconds[whole]}
-    # Where the loop is repeated within a turn, its stages are as well; the first call is not counted.
+    seconds = turns.take({bare: forward, whole: pipeline})
+    rows = [
+        time_row(
+            "extraction", whole, seconds[whole], bare, seconds[bare], goal=1.15, note=f"n = {pocket.plan.n_samples}"
+        )
+    ]
+    # Where the pipeline is repeated within a turn, its stages are as well; the first call is not counted.
     for stage, times in spent.items():
-        measured[f"… {STAGES[stage]}"] = np.reshape(times[1:], (turns.repeats, -1)).mean(1)
-    return [time_row("extraction", name, times, bare, seconds[bare]) for name, times in measured.items()]
+        own = np.maximum(np.reshape(times[1:], (turns.repeats, -1)).mean(1), 1e-9)
+        rows.append(time_row("extraction", f"… {STAGES[stage]}", own, bare, seconds[bare]))
+    return rows
+
+
+def memory(pocket: Pocket) -> list[Row]:
+    """Peak memory of a process that extracts, over what it has when its model is loaded."""
+    peak, before = _in_process(_peak, pocket.config)
+    note = "its loader has as much again as a process with torch has at least"
+    return [
+        figure_row(
+            "extraction", "peak memory while filling", peak / 1e6, "MB", "model loaded", before / 1e6, "less", note=note
+        )
+    ]
+
+
+def workers(pocket: Pocket, repeats: int) -> list[Row]:
+    """Two workers beside one, each with a core of its own; the time in which they load is not counted."""
+    cores = sorted(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else []
+    if len(cores) < 2:
+        return [missing_row("extraction", "2 workers", "1 worker", "this machine has one core, or does not tell")]
+    seconds: dict[int, list[float]] = {1: [], 2: []}
+    for turn in range(repeats):
+        for count in (1, 2) if turn % 2 == 0 else (2, 1):
+            pocket.new_store()
+            seconds[count].append(_race(pocket.config, cores[:count]))
+    one, two = (np.array(seconds[count]) for count in (1, 2))
+    ratio = one / two
+    return [
+        Row(
+            "extraction", "2 workers, samples/s", pocket.plan.n_samples / float(np.median(two)), "", "1 worker",
+            pocket.plan.n_samples / float(np.median(one)), float(np.median(ratio)), float(ratio.min()),
+            float(ratio.max()), repeats, "more", 1.8, f"a core each, loader included; {len(cores)} cores here",
+        )
+    ]  # fmt: skip
+
+
+def _race(config: ExtractConfig, cores: list[int]) -> float:
+    """Seconds from the moment when all workers are ready until the store is full."""
+    context = multiprocessing.get_context("spawn")
+    barrier = context.Barrier(len(cores) + 1)
+    racing = [
+        context.Process(target=_worker, args=(config, Rank(rank, len(cores), rank), core, barrier))
+        for rank, core in enumerate(cores)
+    ]
+    for process in racing:
+        process.start()
+    barrier.wait(300)
+    began = time.perf_counter()
+    for process in racing:
+        process.join()
+    took = time.perf_counter() - began
+    if any(process.exitcode for process in racing) or store.pending(config.store):
+        raise RuntimeError("a worker that was to be measured failed")
+    return took
+
+
+def _worker(config: ExtractConfig, rank: Rank, core: int, barrier: Any) -> None:
+    os.sched_setaffinity(0, {core})
+    with quiet():
+        planner, loaders = begin(replace(config, loaders=0), rank)
+        plan = store.load_plan(config.store)
+        extractor = make_extractor(planner, plan, Clock())
+        own = range(plan.n_blocks * rank.rank // rank.workers, plan.n_blocks * (rank.rank + 1) // rank.workers)
+        with loaders:
+            barrier.wait(300)
+            fill(extractor, loaders, str(rank.rank), lambda samples: None, own)
+
+
+def _in_process(work: Any, *given: Any) -> Any:
+    """What ``work`` gives in a process of its own, whose memory nobody else has filled."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(False)
+    process = context.Process(target=_sent, args=(there, work, given))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    finally:
+        process.join()
+
+
+def _sent(answer: Any, work: Any, given: tuple) -> None:
+    with quiet():
+        answer.send(work(*given))
+
+
+def _peak(config: ExtractConfig) -> tuple[int, int]:
+    config = replace(config, store=f"{config.store}-memory")
+    planner, loaders = begin(config, Rank())
+    plan = store.load_plan(str(config.store).removesuffix("-memory"))
+    store.create(config.store, plan)
+    extractor = make_extractor(planner, plan, Clock())
+    before = own_memory("VmRSS")
+    with loaders:
+        fill(extractor, loaders, "0", lambda samples: None)
+    shutil.rmtree(config.store)
+    return own_memory("VmHWM"), before

@@ -181,7 +181,7 @@ def peak_of_writing(path: Path, plan: store.Plan) -> int | None:
     shape = (len(plan.layers), max(int(n.max()) for n in counts.values()), plan.width)
     states_ltw = bits.from_float32(noise.standard_normal(shape, np.float32))
     with store.Writer(path) as writer, writer.block(0) as block:
-        before = _own_memory("VmRSS")
+        before = own_memory("VmRSS")
         Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from here
         for sample in block.samples:
             n_image, n_text = (int(plan.samples[name][sample]) for name in ("n_image", "n_text"))
@@ -189,9 +189,10 @@ def peak_of_writing(path: Path, plan: store.Plan) -> int | None:
             tokens = pl.DataFrame({"position": range(len(kinds)), "kind": kinds})
             cuts = {kind: states_ltw[:, : n[sample]].copy() for kind, n in counts.items()}
             block.add(sample, tokens=tokens, **cuts)
-    return _own_memory("VmHWM") - before
+    return own_memory("VmHWM") - before
 
 
-def _own_memory(field: str) -> int:
+def own_memory(field: str) -> int:
+    """Bytes that the system says this process has (``VmRSS``) or had at most (``VmHWM``)."""
     found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(found.split()[1]) * 1024

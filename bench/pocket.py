@@ -5,7 +5,6 @@ import io
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import islice
 from pathlib import Path
 
 import torch
@@ -14,30 +13,45 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import store
 from bench.config import BenchConfig
 from extract.config import ExtractConfig
-from extract.omniedit import Sample
+from extract.loading import Loaders, Source, planned_of, prepare
+from extract.pipeline import Clock, Extractor, batches_of
 from extract.pocket.build import WEIGHTS, build_config, build_processor
-from extract.run import Clock, Extractor, extract, extract_blocks, make_extractor, planned_samples
+from extract.rows import Place
+from extract.run import begin, extract, fill, make_extractor
 from extract.scenes.shards import ScenesConfig, write_scenes
 from extract.sequence import Batch
+from extract.workers import Rank
 
 SEED = 3
+LOADERS = 1
 
 
 @dataclass(frozen=True)
 class Pocket:
-    """A planned extraction of the pocket model, boxes off, and the loaded model."""
+    """A planned extraction of the pocket model, boxes off, the loaded model, and loaders that have begun."""
 
     config: ExtractConfig
-    plan: store.Plan
     extractor: Extractor
+    loaders: Loaders
     weights: str
     """``shipped``, or ``random`` where none are there: as fast, but the states are not a trained model's."""
 
-    def first_batch(self) -> Batch:
-        """The first scenes in the data's order, whatever their lengths: a padded batch."""
-        members = islice(planned_samples(self.config, self.plan), self.config.batch_size)
-        pairs = [(sample.image, sample.instruction) for _, sample in members if isinstance(sample, Sample)]
-        return self.extractor.conditioner.batch(pairs)
+    @property
+    def plan(self) -> store.Plan:
+        """The plan of the store that is filled."""
+        return self.extractor.plan
+
+    def batches(self) -> list[Batch]:
+        """The batches of the extraction."""
+        plan, source = self.plan, Source(self.config.data, None)
+        planned, places = planned_of(plan.samples), [Place(*row) for row in plan.samples.select("file", "row").rows()]
+        made = []
+        for samples in (batch for b in range(plan.n_blocks) for batch in batches_of(plan, b, self.config.batch_size)):
+            rows = source.rows([places[n] for n in samples])
+            work = self.loaders.submit(prepare, [planned[n] for n in samples], rows, self.extractor.purposes)
+            found, _ = self.loaders.result(work)
+            made.append(self.extractor.conditioner.collate([one["edit"] for one in found]))
+        return made
 
     def new_store(self) -> None:
         """Lay out the store again, empty."""
@@ -45,36 +59,39 @@ class Pocket:
         store.create(self.config.store, self.plan)
 
     def fill_store(self) -> None:
-        """The block loop of ``python -m extract``."""
+        """The part of ``python -m extract`` between laying out and verifying."""
+        self.extractor.clock.seconds.clear()
         with quiet():
-            extract_blocks(self.extractor)
+            fill(self.extractor, self.loaders, "0", lambda samples: None)
 
 
-def set_up(config: BenchConfig, scratch: Path) -> Pocket:
+@contextlib.contextmanager
+def set_up(config: BenchConfig, scratch: Path, samples: int) -> Iterator[Pocket]:
     """Draw the scenes, find or make the weights, and extract once: that gives the plan, and warms what gets warm."""
-    sizes = config.sizes
     shipped = any(WEIGHTS.glob("*.safetensors"))
     # Wishes about the whole picture have no box and are set aside.
-    scenes = ScenesConfig(scratch / "scenes", samples=2 * sizes.samples, seed=SEED)
+    scenes = ScenesConfig(scratch / "scenes", samples=2 * samples, seed=SEED)
     with quiet():
         write_scenes(scenes)
         folder = WEIGHTS if shipped else make_random(scratch / "random")
         asked = ExtractConfig(
             model=str(folder),
             data=str(scenes.out),
-            store=scratch / "pocket.zarr",
-            limit=sizes.samples,
+            store=scratch / f"pocket-{samples}.zarr",
+            limit=samples,
             held_out=0.5,
             vlm_boxes=False,
-            batch_size=sizes.batch,
+            batch_size=config.sizes.batch,
             device="cpu",
             threads=config.threads,
+            loaders=LOADERS,
         )
         if extract(asked):
             raise RuntimeError(f"the extraction that is to be measured failed: python -m store verify {asked.store}")
-        plan = store.load_plan(asked.store)
-        extractor = make_extractor(asked, folder, torch.device("cpu"), plan, Clock())
-    return Pocket(asked, plan, extractor, "shipped" if shipped else "random")
+        planner, loaders = begin(asked, Rank())
+        with loaders:
+            extractor = make_extractor(planner, store.load_plan(asked.store), Clock())
+            yield Pocket(asked, extractor, loaders, "shipped" if shipped else "random")
 
 
 def make_random(folder: Path) -> Path:

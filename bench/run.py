@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import capture, extraction, machine, proxies, report, storing
+from bench import capture, extraction, gpu, machine, proxies, report, storing
 from bench.config import BenchConfig
 from bench.measure import Row, Turns
 from bench.pocket import set_up
@@ -52,12 +52,15 @@ def measure(config: BenchConfig, turns: Turns, scratch: Path) -> tuple[list[Row]
     def say(part: str) -> None:
         print(f"bench: {part} …", file=sys.stderr, flush=True)
 
-    say("setting up")
-    pocket = set_up(config, scratch)
-    say("capture")
-    rows = capture.measure(pocket, turns)
     say("extraction")
-    rows += extraction.measure(pocket, turns)
+    with set_up(config, scratch, sizes.extracted) as pocket:
+        rows = extraction.measure(pocket, turns)
+        rows += extraction.workers(pocket, min(3, turns.repeats))
+        rows += extraction.memory(pocket)
+    rows += gpu.measure(sizes.repeats)
+    say("capture")
+    with set_up(config, scratch, sizes.samples) as pocket:
+        rows += capture.measure(pocket, turns)
     say("proxies")
     rows += proxies.measure(pocket.config.store, sizes, turns)
     say("store, pocket states")

@@ -28,6 +28,7 @@ RUNS_PER_WORKER = 4
 
 RETRIES = 3
 LOOK_SECONDS = 1.0
+PATIENCE = "30s"  # for a scheduler to answer
 
 _HELD: dict[str, Any] = {}
 _ONE_AT_A_TIME = threading.Lock()
@@ -77,7 +78,7 @@ def connect(address: str) -> Iterator[Client]:
     local = re.fullmatch(r"local(?::(\d+))?", address)
     if not local:
         try:
-            client = Client(address, timeout="30s")
+            client = Client(address, timeout=PATIENCE)
         except (OSError, ValueError, TimeoutError) as failure:
             raise Refusal(f"--dask {address}: no scheduler answers there ({failure}); is it running?") from None
         with client:

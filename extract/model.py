@@ -95,6 +95,7 @@ def identity(folder: Path, processor, template: str, config: ExtractConfig, devi
         "template": template,
         "positions": config.positions,
         "attention_kernel": ATTENTION_KERNEL,
+        "queries": config.queries,
         "dtype": config.dtype,
         "device": device.type,
         # Padding and the split of work over threads change the last bit of a sum.

@@ -4,7 +4,7 @@ import multiprocessing
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 
 import polars as pl
@@ -37,13 +37,15 @@ def extract(config: ExtractConfig) -> int:
                 planner.draw_own_scenes()
             with clock("plan"):
                 lay_out(planner, loaders)
+        extractor = None
         for part in store.load_parts(config.store):
             if not store.pending(config.store, part.part):
                 continue
             if config.dask:
                 fill_on_cluster(config, part, clock)
             else:
-                fill_here(planner, loaders, part, rank, clock)
+                extractor = extractor or make_extractor(planner, part, clock)
+                fill_here(replace(extractor, plan=part, checks=[]), loaders, rank)
     # Of many, the first says what became of the store; on an object store it cannot know when the others end.
     if rank.rank:
         return 0
@@ -135,13 +137,13 @@ def make_extractor(planner: Planner, plan: store.Plan, clock: Clock) -> Extracto
     return Extractor(planner.config, model, planner.conditioner, planner.grounder, plan, clock)
 
 
-def fill_here(planner: Planner, loaders: Loaders, plan: store.Plan, rank: Rank, clock: Clock) -> None:
-    """Fill what is left of a part, with the other workers."""
+def fill_here(extractor: Extractor, loaders: Loaders, rank: Rank) -> None:
+    """Fill what is left of the extractor's part, with the other workers."""
+    config, plan = extractor.config, extractor.plan
     own = range(plan.n_blocks * rank.rank // rank.workers, plan.n_blocks * (rank.rank + 1) // rank.workers)
-    extractor = make_extractor(planner, plan, clock)
     described = "extract" if plan.part == 0 else f"extract part {plan.part}"
-    with clock("fill"), Progress(planner.config.store, plan, described, rank) as progress:
-        fill(extractor, loaders, planner.config.worker or str(rank.rank), progress, own)
+    with extractor.clock("fill"), Progress(config.store, plan, described, rank) as progress:
+        fill(extractor, loaders, config.worker or str(rank.rank), progress, own)
 
 
 def fill(
