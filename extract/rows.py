@@ -54,11 +54,14 @@ class SetAside:
 def wanted_columns(schema: pa.Schema, edited: bool) -> list[str]:
     """The columns to read: the known ones and every other scalar one (masks and pictures stay on disk)."""
     known = {*NOT_EXTRA} - ({"edited_img"} if not edited else set())
-
-    def scalar(kind: pa.DataType) -> bool:
-        return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
     return [item.name for item in schema if item.name in known or (item.name != "edited_img" and scalar(item.type))]
+
+
+def scalar(kind: pa.DataType) -> bool:
+    """Whether values of a type are text, numbers, truth values or times."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    asked = ("string", "large_string", "string_view", "integer", "floating", "decimal", "boolean", "temporal")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in asked)
 
 
 class RowGroup:

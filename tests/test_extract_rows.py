@@ -7,6 +7,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hostile_shards import damage
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,17 +31,6 @@ def write(path, rows, **given):
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path, **given)
     return path
-
-
-def damage(path, group):
-    """Overwrite the pictures of one row group's page with bytes that no decoder takes."""
-    columns = pq.ParquetFile(path).metadata.row_group(group)
-    for number in range(columns.num_columns):
-        column = columns.column(number)
-        if column.path_in_schema == "src_img.bytes":
-            bad = bytearray(path.read_bytes())
-            bad[column.data_page_offset : column.data_page_offset + 30] = b"\xff" * 30
-            path.write_bytes(bad)
 
 
 def walked(shards, seed=None):
