@@ -200,7 +200,9 @@ def sample_of(row: Mapping[str, Any], place: Place, checks: Checks) -> Sample:
     extra = {key: value for key, value in row.items() if key not in NOT_EXTRA}
     edited = image_bytes(row.get("edited_img")) if checks.edited else None
     if checks.pixels:
-        # Kept decoded pictures would fill the memory of whoever collects samples; decoding again is cheap.
+        # Kept decoded pictures would fill the memory of whoever collects samples. At an eighth of its size a JPEG is
+        # read to its end all the same, and whatever breaks it then does so now.
+        picture.draft("RGB", (1, 1))
         pixels(picture, turned)
         if edited is not None:
             decode(edited)
