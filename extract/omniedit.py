@@ -1,11 +1,10 @@
-"""Editing samples in OmniEdit-Filtered's columns, from local parquet shards (`extract.rows`) or streamed from the hub.
+"""Editing samples in OmniEdit-Filtered's columns, from the rows of parquet shards (`extract.rows`), here or on the hub.
 
 Whatever the source, every row goes through the same checks and comes out as a `Sample` or as a `SetAside` that
 says why; nothing is skipped silently and one bad row never ends a read.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
 from PIL import Image
 
-from extract.rows import NOT_EXTRA, REQUIRED, Place, SetAside, Shards, wanted_columns
-from store.errors import Refusal
+from extract.rows import NOT_EXTRA, REQUIRED, Place, SetAside, Shards
 
 NO_ID, DUPLICATE = "no id", "duplicate id"
 EMPTY_PROMPT, SPECIAL_TOKENS = "empty prompt", "prompt contains special tokens"
@@ -44,8 +41,6 @@ TURNED = {
 }
 MIN_SIDE, MAX_SIDE, MAX_ASPECT = 14, 20_000, 200  # smart_resize itself refuses aspect ratios above 200
 MAX_PIXELS = 89_478_485  # Pillow's own bound for decompression bombs
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_BUFFER = 512
 
 
 class BadSample(ValueError):  # noqa: N818 - a verdict on data, not a fault
@@ -112,15 +107,15 @@ def read(
     Parameters
     ----------
     data
-        A folder of parquet shards, one parquet file, or a hub id (streamed, never downloaded whole).
+        A folder of parquet shards, one parquet file, or a hub id (never downloaded whole).
     limit
         Stop after so many `Sample`; null reads all.
     prompt
         Which of a row's non-blank prompts: the first, the last, or one drawn from ``seed`` and the sample's id,
         so that the draw does not depend on the order of reading.
     seed, shuffle
-        OmniEdit is sorted by task. Shuffling permutes all row groups of all shards and the rows of each (local),
-        or the shards and a buffer of 512 rows (hub). The order is a function of the data and ``seed`` alone.
+        OmniEdit is sorted by task. The shuffled order is a function of the data and ``seed`` alone; see
+        `Shards.walk`.
     min_area, max_area
         Bounds of a box's area over the picture's area [ABP §4.1].
     check_pixels
@@ -136,14 +131,7 @@ def read(
         At once, before the first row: the data are not there or no shard has the required columns.
     """
     checks = Checks(prompt, seed, min_area, max_area, check_pixels, edited)
-    path = Path(data).expanduser()
-    if path.exists():
-        rows = Shards(path, split, edited).walk(seed if shuffle else None)
-    elif HUB_ID.fullmatch(str(data)):
-        rows = hub_rows(str(data), split, edited, seed if shuffle else None)
-    else:
-        raise Refusal(f"there are no data at {data}: give a folder of parquet shards, a parquet file or a hub id")
-    return checked(rows, checks, limit)
+    return checked(Shards(data, split, edited).walk(seed if shuffle else None), checks, limit)
 
 
 def checked(
@@ -317,35 +305,3 @@ def checked_box(box: Any, width: int, height: int, checks: Checks) -> tuple[floa
     if not checks.min_area <= area <= checks.max_area:
         raise BadSample(AREA, f"{area:.5f}")
     return x1, y1, x2, y2
-
-
-def hub_rows(name: str, split: str, edited: bool, seed: int | None) -> Iterator[Any]:
-    """Rows streamed from the hub, pictures as the bytes that are stored."""
-    import datasets
-
-    try:
-        stream = datasets.load_dataset(name, split=split, streaming=True)
-        features = stream.features or stream._resolve_features().features
-    except Exception as error:  # offline, unknown, private, no such split: all the same to the reader
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Refusal(f"{name} is neither a folder here nor a data set that the hub gives: {first_line}") from error
-    if lacking := [column for column in REQUIRED if column not in features]:
-        raise Refusal(f"{name} has no column {', '.join(map(repr, lacking))}; OmniEdit's columns are needed")
-    stream = stream.select_columns(wanted_columns(features.arrow_schema, edited))
-    for column in ("src_img", "edited_img")[: 1 + edited]:
-        if isinstance(features.get(column), datasets.Image):
-            stream = stream.cast_column(column, datasets.Image(decode=False))
-    if seed is not None:
-        stream = stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)
-    return walk_stream(name, stream)
-
-
-def walk_stream(name: str, stream: Iterable[dict[str, Any]]) -> Iterator[Any]:
-    """The rows of a stream, numbered; a connection that breaks for good is a `Refusal`, not an early end."""
-    number = 0
-    try:
-        for row in stream:
-            yield Place(name, number), row
-            number += 1
-    except (OSError, pa.ArrowException) as error:
-        raise Refusal(f"{name} stopped after {number} rows: {error}; the same command reads it again") from error

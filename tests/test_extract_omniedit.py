@@ -3,7 +3,6 @@
 import io
 from collections import Counter
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -319,35 +318,6 @@ def test_what_is_no_data_set_is_refused_at_once(tmp_path):
         with pytest.raises(Refusal, match=says) as refusal:
             read(tmp_path / place)
         assert "\n" not in str(refusal.value)
-
-
-def test_the_hub_is_streamed_through_the_same_checks(tmp_path, monkeypatch):
-    write(tmp_path / "a.parquet", [row(0), row(1, edited_prompt_list=[]), row(2)])
-    real = datasets.load_dataset
-
-    def served(name, split, streaming):
-        assert (name, split, streaming) == ("TIGER-Lab/OmniEdit-Filtered-1.2M", "train", True)
-        files = {"train": str(tmp_path / "a.parquet")}
-        stream = real("parquet", data_files=files, split=split, streaming=True, cache_dir=str(tmp_path / "cache"))
-        return stream.cast_column("src_img", datasets.Image())
-
-    monkeypatch.setattr(datasets, "load_dataset", served)
-    good, (aside,) = split(read("TIGER-Lab/OmniEdit-Filtered-1.2M"))
-    local, _ = split(read(tmp_path))
-    assert [(s.sample_id, s.instruction, s.box, s.extra, s.source) for s in good] == [
-        (s.sample_id, s.instruction, s.box, s.extra, s.source) for s in local
-    ]
-    assert (aside.reason, aside.place) == ("empty prompt", ("TIGER-Lab/OmniEdit-Filtered-1.2M", 1))
-    assert sorted(ids(read("TIGER-Lab/OmniEdit-Filtered-1.2M", shuffle=True))) == ["id0", "id1", "id2"]
-
-
-def test_a_hub_that_does_not_answer_is_a_refusal(monkeypatch):
-    def fails(*args, **settings):
-        raise ConnectionError("Couldn't reach it\nsecond line")
-
-    monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(Refusal, match=r"some/where is neither a folder here nor .*Couldn't reach it$"):
-        read("some/where")
 
 
 def turned(orientation):
