@@ -13,10 +13,10 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 import store
 from bench.config import BenchConfig
 from extract.config import ExtractConfig
-from extract.loading import Loaders, Source, planned_of, prepare
+from extract.loading import Loaders, planned_of, prepare, rows_at
 from extract.pipeline import Clock, Extractor, batches_of
 from extract.pocket.build import WEIGHTS, build_config, build_processor
-from extract.rows import Place
+from extract.rows import Place, Shards
 from extract.run import begin, extract, fill, make_extractor
 from extract.scenes.shards import ScenesConfig, write_scenes
 from extract.sequence import Batch
@@ -43,11 +43,11 @@ class Pocket:
 
     def batches(self) -> list[Batch]:
         """The batches of the extraction."""
-        plan, source = self.plan, Source(self.config.data, None)
+        plan, shards = self.plan, Shards(self.config.data)
         planned, places = planned_of(plan.samples), [Place(*row) for row in plan.samples.select("file", "row").rows()]
         made = []
         for samples in (batch for b in range(plan.n_blocks) for batch in batches_of(plan, b, self.config.batch_size)):
-            rows = source.rows([places[n] for n in samples])
+            rows = rows_at(shards, [places[n] for n in samples])
             work = self.loaders.submit(prepare, [planned[n] for n in samples], rows, self.extractor.purposes)
             found, _ = self.loaders.result(work)
             made.append(self.extractor.conditioner.collate([one["edit"] for one in found]))

@@ -8,6 +8,8 @@ The way through
 ---------------
 ``config``      ``ExtractConfig``: every setting, and the presets ``pocket`` and ``paper``
 ``model``       a checkpoint found, loaded, and named exactly (the store's identity)
+``sources``     where shards lie: a folder here, or the hub
+``rows``        their rows, walked or taken by place
 ``omniedit``    rows of OmniEdit's columns as samples; a bad row is set aside with its reason
 ``planning``    one pass over the data without the model: which samples, how many tokens each
 ``prompts``     the editing template (the installed diffusers' own) and the grounding one

@@ -11,11 +11,11 @@ import torch
 
 import store
 from extract.config import ExtractConfig
-from extract.loading import Loaders, Source, planned_of, prepare
+from extract.loading import Loaders, planned_of, prepare, rows_at
 from extract.model import load_model
 from extract.pipeline import Clock, Extractor, batches_of
 from extract.planning import Planner, read_plan, wanted_layers
-from extract.rows import Place
+from extract.rows import Place, Shards
 from extract.summary import print_plan
 from store.errors import Refusal
 
@@ -75,14 +75,12 @@ def probe(planner: Planner, loaders: Loaders, plan: store.Plan) -> dict[str, flo
     config = planner.config
     model = load_model(planner.folder, planner.device, getattr(torch, config.dtype))
     extractor = Extractor(config, model, planner.conditioner, planner.grounder, plan, Clock())
-    source, planned = Source(config.data, config.seed if config.shuffle else None), planned_of(plan.samples)
+    shards, planned = Shards(config.data), planned_of(plan.samples)
     batches = [batch for b in range(plan.n_blocks) for batch in batches_of(plan, b, config.batch_size)][: PROBED + 1]
     spent = {"prepare": 0.0, **({"boxes": 0.0} if extractor.asks_boxes else {}), "pass": 0.0}
     done = 0
     for number, batch in enumerate(batches):
-        # In the order of the data, which a stream has to be read in.
-        batch = sorted(batch)
-        rows = source.rows([Place(*plan.samples.select("file", "row").row(sample)) for sample in batch])
+        rows = rows_at(shards, [Place(*plan.samples.select("file", "row").row(sample)) for sample in batch])
         work = loaders.submit(prepare, [planned[sample] for sample in batch], rows, extractor.purposes)
         found, seconds = loaders.result(work)
         ready = [one for one in found if not isinstance(one, str)]

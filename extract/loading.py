@@ -4,18 +4,17 @@ import multiprocessing
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import google_crc32c
 import polars as pl
 import torch
 
-from extract.omniedit import BadSample, Checks, hub_rows, judged
+from extract.omniedit import BadSample, Checks, judged
 from extract.rows import Place, SetAside, Shards
 from extract.sequence import Conditioner, Prepared
 from store.errors import Refusal
@@ -177,35 +176,7 @@ def planned_of(samples: pl.DataFrame) -> list[Planned]:
     return [Planned(*row) for row in samples.select(Planned._fields).iter_rows()]
 
 
-class Source:
-    """The rows of planned samples. An object serves one thread.
-
-    Local shards are read by place. A stream from the hub is read from its start up to what is asked, so that going
-    back starts it again: workers that share a stream each read all of it.
-    """
-
-    def __init__(self, data: str, seed: int | None):
-        self._data, self._seed = data, seed
-        self._shards = Shards(data) if Path(data).expanduser().exists() else None
-        self._stream: Iterator[Any] = iter(())
-        self._at = None
-
-    def rows(self, places: Sequence[Place]) -> list[Row]:
-        """The rows at ``places``, in this order (of a stream: ascending), or why one cannot be had."""
-        if self._shards is not None:
-            found = self._shards.rows(places)
-            return [
-                row if isinstance(row, SetAside) else (place, row) for place, row in zip(places, found, strict=True)
-            ]
-        if self._at is None or places[0].row < self._at:
-            self._stream, self._at = hub_rows(self._data, "train", False, self._seed), 0
-        wanted, found = iter(places), []
-        next_place = next(wanted)
-        for item in self._stream:
-            place = item.place if isinstance(item, SetAside) else item[0]
-            self._at = place.row + 1
-            if place == next_place:
-                found.append(item)
-                if (next_place := next(wanted, None)) is None:
-                    break
-        return found + [SetAside(None, place, MOVED) for place in places[len(found) :]]
+def rows_at(shards: Shards, places: Sequence[Place]) -> list[Row]:
+    """The rows at ``places``, in this order, or why one cannot be had."""
+    found = zip(places, shards.rows(places), strict=True)
+    return [row if isinstance(row, SetAside) else (place, row) for place, row in found]

@@ -1,11 +1,10 @@
-"""Editing samples in OmniEdit-Filtered's columns, from local parquet shards (`extract.rows`) or streamed from the hub.
+"""Editing samples in OmniEdit-Filtered's columns, from the rows of parquet shards (`extract.rows`), here or on the hub.
 
 Whatever the source, every row goes through the same checks and comes out as a `Sample` or as a `SetAside` that
 says why; nothing is skipped silently and one bad row never ends a read.
 """
 
 import hashlib
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -14,11 +13,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-import pyarrow as pa
-from PIL import Image, ImageOps
+from PIL import Image
 
-from extract.rows import NOT_EXTRA, REQUIRED, Place, SetAside, Shards, wanted_columns
-from store.errors import Refusal
+from extract.rows import NOT_EXTRA, REQUIRED, Place, SetAside, Shards
 
 NO_ID, DUPLICATE = "no id", "duplicate id"
 EMPTY_PROMPT, SPECIAL_TOKENS = "empty prompt", "prompt contains special tokens"
@@ -31,11 +28,19 @@ AREA = "box area out of range"
 
 # Pillow's other readers are not for data from strangers: EPS, for one, starts Ghostscript.
 IMAGE_FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "GIF", "TIFF")
+# Floats and 32-bit integers say nowhere what is white.
+IMAGE_MODES = {"1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "I;16", "I;16L", "I;16B"}
+TURNED = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 MIN_SIDE, MAX_SIDE, MAX_ASPECT = 14, 20_000, 200  # smart_resize itself refuses aspect ratios above 200
 MAX_PIXELS = 89_478_485  # Pillow's own bound for decompression bombs
-SPECIAL_TOKEN = re.compile(r"<\|[^|<>]*\|>")
-HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
-HUB_BUFFER = 512
 
 
 class BadSample(ValueError):  # noqa: N818 - a verdict on data, not a fault
@@ -102,15 +107,15 @@ def read(
     Parameters
     ----------
     data
-        A folder of parquet shards, one parquet file, or a hub id (streamed, never downloaded whole).
+        A folder of parquet shards, one parquet file, or a hub id (never downloaded whole).
     limit
         Stop after so many `Sample`; null reads all.
     prompt
         Which of a row's non-blank prompts: the first, the last, or one drawn from ``seed`` and the sample's id,
         so that the draw does not depend on the order of reading.
     seed, shuffle
-        OmniEdit is sorted by task. Shuffling permutes all row groups of all shards and the rows of each (local),
-        or the shards and a buffer of 512 rows (hub). The order is a function of the data and ``seed`` alone.
+        OmniEdit is sorted by task. The shuffled order is a function of the data and ``seed`` alone; see
+        `Shards.walk`.
     min_area, max_area
         Bounds of a box's area over the picture's area [ABP §4.1].
     check_pixels
@@ -126,17 +131,7 @@ def read(
         At once, before the first row: the data are not there or no shard has the required columns.
     """
     checks = Checks(prompt, seed, min_area, max_area, check_pixels, edited)
-    return checked(rows_of(data, split, edited, seed if shuffle else None), checks, limit)
-
-
-def rows_of(data: str | Path, split: str = "train", edited: bool = False, seed: int | None = None) -> Iterator[Any]:
-    """The rows as they are, with their places, and what cannot be read; parameters and errors as of `read`."""
-    path = Path(data).expanduser()
-    if path.exists():
-        return Shards(path, split, edited).walk(seed)
-    if HUB_ID.fullmatch(str(data)):
-        return hub_rows(str(data), split, edited, seed)
-    raise Refusal(f"there are no data at {data}: give a folder of parquet shards, a parquet file or a hub id")
+    return checked(Shards(data, split, edited).walk(seed if shuffle else None), checks, limit)
 
 
 def checked(
@@ -184,35 +179,45 @@ def sample_of(row: Mapping[str, Any], place: Place, checks: Checks) -> Sample:
     for column in REQUIRED:
         if column not in row:
             raise BadSample(f"missing column {column!r}")
-    if row["omni_edit_id"] in (None, ""):
-        raise BadSample(NO_ID)
-    sample_id = str(row["omni_edit_id"])
+    sample_id = checked_id(row["omni_edit_id"])
     instruction = choose_prompt(row["edited_prompt_list"], sample_id, checks)
     source = image_bytes(row["src_img"])
-    width, height = measured_size(source, row.get("width"), row.get("height"))
+    picture, turned = open_image(source)
+    width, height = measured_size(picture, turned, row.get("width"), row.get("height"))
     box = checked_box(row.get("box"), width, height, checks)
     extra = {key: value for key, value in row.items() if key not in NOT_EXTRA}
     edited = image_bytes(row.get("edited_img")) if checks.edited else None
-    sample = Sample(sample_id, str(row["task"]), instruction, width, height, box, place, extra, source, edited)
     if checks.pixels:
-        _ = sample.image, sample.edited
-        # Kept decoded pictures would fill the memory of whoever collects samples; decoding again is cheap.
-        sample.__dict__.pop("image"), sample.__dict__.pop("edited")
-    return sample
+        # Kept decoded pictures would fill the memory of whoever collects samples. At an eighth of its size a JPEG is
+        # read to its end all the same, and whatever breaks it then does so now.
+        picture.draft("RGB", (1, 1))
+        pixels(picture, turned)
+        if edited is not None:
+            decode(edited)
+    task = "" if row["task"] is None else str(row["task"])
+    return Sample(sample_id, task, instruction, width, height, box, place, extra, source, edited)
+
+
+def checked_id(given: Any) -> str:
+    """The id as text: what it is where it is text, digits where it is an integer."""
+    if isinstance(given, bool) or not isinstance(given, str | int | None):
+        raise BadSample(NO_ID, f"it is a {type(given).__name__}")
+    if given is None or not str(given).strip():
+        raise BadSample(NO_ID)
+    return str(given)
 
 
 def choose_prompt(prompts: Any, sample_id: str, checks: Checks) -> str:
-    """One of the non-blank prompts, stripped."""
-    prompts = [prompts] if isinstance(prompts, str) else prompts or []
+    """One of the non-blank prompts, stripped; which text a tokenizer takes for more than text, only it can say."""
+    prompts = [prompts] if isinstance(prompts, str) else prompts
+    if not isinstance(prompts, list):
+        raise BadSample(EMPTY_PROMPT, "" if prompts is None else f"it is a {type(prompts).__name__}")
     usable = [text.strip() for text in prompts if isinstance(text, str) and text.strip()]
     if not usable:
         raise BadSample(EMPTY_PROMPT)
     digest = hashlib.sha256(f"{checks.seed} {sample_id}".encode()).digest()
     drawn = int.from_bytes(digest[:8], "big") % len(usable)
-    text = usable[{"first": 0, "last": -1, "random": drawn}[checks.prompt]]
-    if special := SPECIAL_TOKEN.search(text):
-        raise BadSample(SPECIAL_TOKENS, special[0])
-    return text
+    return usable[{"first": 0, "last": -1, "random": drawn}[checks.prompt]]
 
 
 def image_bytes(cell: Any) -> bytes:
@@ -223,8 +228,8 @@ def image_bytes(cell: Any) -> bytes:
     return encoded
 
 
-def open_image(encoded: bytes) -> Image.Image:
-    """The picture with its header read and its size found sane, pixels not yet decoded."""
+def open_image(encoded: bytes) -> tuple[Image.Image, int]:
+    """The picture with its header read and its size found sane, and how it is turned (EXIF's orientation, 1 to 8)."""
     try:
         picture = Image.open(BytesIO(encoded), formats=IMAGE_FORMATS)
     except Image.DecompressionBombError as error:
@@ -234,37 +239,50 @@ def open_image(encoded: bytes) -> Image.Image:
     short, long = sorted(picture.size)
     if short < MIN_SIDE or long > MAX_SIDE or long > MAX_ASPECT * short or short * long > MAX_PIXELS:
         raise BadSample(ABSURD_SIZE, f"{picture.width}×{picture.height}")
-    return picture
+    if picture.mode not in IMAGE_MODES:
+        raise BadSample(UNDECODABLE, f"mode {picture.mode}")
+    return picture, orientation(picture, encoded)
 
 
-def measured_size(encoded: bytes, width: Any, height: Any) -> tuple[int, int]:
-    """``(width, height)`` of the upright picture; the columns, where given, must agree (with either orientation)."""
-    picture = open_image(encoded)
+def orientation(picture: Image.Image, encoded: bytes) -> int:
+    """EXIF's orientation of an opened picture; 1 where Pillow turns it itself or its EXIF is damaged."""
+    if picture.format == "TIFF":
+        return 1
     try:
-        turned = picture.getexif().get(0x0112, 1) in (5, 6, 7, 8)
-    except Exception:  # damaged EXIF does not damage the picture; decode() ignores it too
-        turned = False
-    upright = picture.size[::-1] if turned else picture.size
-    stated = (width, height)
-    if None not in stated and stated not in (upright, picture.size):
-        raise BadSample(SIZE_DISAGREES, f"columns {width}×{height}, picture {upright[0]}×{upright[1]}")
-    return upright
+        if picture.format == "PNG" and "exif" not in picture.info and b"eXIf" in encoded:
+            picture.load()  # it stands behind the pixels
+        # PNG's own getexif decodes every picture that has no EXIF, to look behind the pixels.
+        found = Image.Image.getexif(picture).get(0x0112, 1)
+    except Exception:  # damaged EXIF does not damage the picture
+        return 1
+    return found if found in TURNED else 1
+
+
+def measured_size(picture: Image.Image, turned: int, width: Any, height: Any) -> tuple[int, int]:
+    """``(width, height)`` of the upright picture; the columns, where given, must agree (with either orientation)."""
+    upright = picture.size[::-1] if turned >= 5 else picture.size
+    for size in (upright, picture.size):
+        if width in (None, size[0]) and height in (None, size[1]):
+            return upright
+    raise BadSample(SIZE_DISAGREES, f"columns {width}×{height}, picture {upright[0]}×{upright[1]}")
 
 
 def decode(encoded: bytes) -> Image.Image:
     """The picture as upright 8-bit RGB; transparency is laid on white, 16-bit greys are scaled, not clipped."""
-    picture = open_image(encoded)
+    return pixels(*open_image(encoded))
+
+
+def pixels(picture: Image.Image, turned: int) -> Image.Image:
+    """What `decode` gives, of a picture from `open_image`."""
     try:
         picture.load()
     except Exception as error:  # as above: any kind, all mean that the data end or break off
         raise BadSample(TRUNCATED, str(error)) from error
-    try:
-        picture = ImageOps.exif_transpose(picture)
-    except Exception:  # see measured_size
-        picture = picture.copy()
-    if picture.mode.startswith("I"):
+    if turned in TURNED:
+        picture = picture.transpose(TURNED[turned])
+    if picture.mode.startswith("I;16"):
         grey = np.asarray(picture).astype(np.float64) / 257
-        picture = Image.fromarray(grey.clip(0, 255).round().astype(np.uint8), "L")
+        picture = Image.fromarray(grey.round().astype(np.uint8))
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
         picture = Image.alpha_composite(Image.new("RGBA", picture.size, "white"), picture)
@@ -273,12 +291,12 @@ def decode(encoded: bytes) -> Image.Image:
 
 def checked_box(box: Any, width: int, height: int, checks: Checks) -> tuple[float, float, float, float] | None:
     """The box as four numbers, ordered, inside the picture and of a usable area."""
-    if box is None or len(box) == 0:
+    if box is None or box == []:
         return None
-    try:
-        x1, y1, x2, y2 = (float(value) for value in box)
-    except (TypeError, ValueError) as error:
-        raise BadSample(BAD_BOX, repr(box)) from error
+    # Of a struct, and of text, Python would give four things as well.
+    if not isinstance(box, list) or len(box) != 4 or not all(isinstance(value, int | float) for value in box):
+        raise BadSample(BAD_BOX, repr(box))
+    x1, y1, x2, y2 = map(float, box)
     if not (x1 < x2 and y1 < y2):
         raise BadSample(BAD_BOX, repr(box))
     if x1 < 0 or y1 < 0 or x2 > width or y2 > height:
@@ -287,35 +305,3 @@ def checked_box(box: Any, width: int, height: int, checks: Checks) -> tuple[floa
     if not checks.min_area <= area <= checks.max_area:
         raise BadSample(AREA, f"{area:.5f}")
     return x1, y1, x2, y2
-
-
-def hub_rows(name: str, split: str, edited: bool, seed: int | None) -> Iterator[Any]:
-    """Rows streamed from the hub, pictures as the bytes that are stored."""
-    import datasets
-
-    try:
-        stream = datasets.load_dataset(name, split=split, streaming=True)
-        features = stream.features or stream._resolve_features().features
-    except Exception as error:  # offline, unknown, private, no such split: all the same to the reader
-        first_line = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise Refusal(f"{name} is neither a folder here nor a data set that the hub gives: {first_line}") from error
-    if lacking := [column for column in REQUIRED if column not in features]:
-        raise Refusal(f"{name} has no column {', '.join(map(repr, lacking))}; OmniEdit's columns are needed")
-    stream = stream.select_columns(wanted_columns(features.arrow_schema, edited))
-    for column in ("src_img", "edited_img")[: 1 + edited]:
-        if isinstance(features.get(column), datasets.Image):
-            stream = stream.cast_column(column, datasets.Image(decode=False))
-    if seed is not None:
-        stream = stream.shuffle(seed=seed, buffer_size=HUB_BUFFER)
-    return walk_stream(name, stream)
-
-
-def walk_stream(name: str, stream: Iterable[dict[str, Any]]) -> Iterator[Any]:
-    """The rows of a stream, numbered; a connection that breaks for good is a `Refusal`, not an early end."""
-    number = 0
-    try:
-        for row in stream:
-            yield Place(name, number), row
-            number += 1
-    except (OSError, pa.ArrowException) as error:
-        raise Refusal(f"{name} stopped after {number} rows: {error}; the same command reads it again") from error

@@ -23,10 +23,10 @@ import store
 from extract.boxes import Answer, Box, ask_boxes
 from extract.capture import Pass, single_pass
 from extract.config import ExtractConfig
-from extract.loading import Loaders, Planned, Source, planned_of, prepare
+from extract.loading import Loaders, Planned, planned_of, prepare, rows_at
 from extract.moving import Mover, Moving
 from extract.omniedit import AREA
-from extract.rows import Place
+from extract.rows import Place, Shards
 from extract.sequence import Batch, Conditioner, Prepared
 from store.errors import Refusal
 
@@ -221,7 +221,7 @@ class Filling:
         self.extractor, self.loaders, self.writer = extractor, loaders, writer
         self.advance, self.checked = advance, checked
         config, plan = extractor.config, extractor.plan
-        self.source = Source(config.data, config.seed if config.shuffle else None)
+        self.shards = Shards(config.data)
         self.planned: list[Planned] = planned_of(plan.samples)
         self.places = [Place(*row) for row in plan.samples.select("file", "row").iter_rows()]
         self.n_query: list[int] = plan.samples["n_query"].to_list()
@@ -289,7 +289,7 @@ class Filling:
         for b in blocks:
             members = list(plan.block(b))
             with clock("read"):
-                rows = dict(zip(members, self.source.rows([self.places[n] for n in members]), strict=True))
+                rows = dict(zip(members, rows_at(self.shards, [self.places[n] for n in members]), strict=True))
             batches = batches_of(plan, b, config.batch_size)
             for number, samples in enumerate(batches, 1):
                 wanted = [n for n in samples if self.valid is None or self.valid[n]]

@@ -20,7 +20,7 @@ from extract.capture import EMBED, FINAL
 from extract.config import POCKET, PRESETS, SCENES_SEED, ExtractConfig
 from extract.loading import Kit, Loaders, crc_of
 from extract.model import identity, load_processor
-from extract.omniedit import DUPLICATE, BadSample, Checks, Sample, judged, rows_of
+from extract.omniedit import DUPLICATE, BadSample, Checks, Sample, judged
 from extract.prompts import GROUND_TEMPLATE, editing_template
 from extract.rows import ROWS_AT_ONCE, Place, SetAside, Shards
 from extract.scenes import draw_scene
@@ -191,7 +191,7 @@ def read_plan(config: ExtractConfig, loaders: Loaders) -> tuple[pl.DataFrame, pl
         The data cannot be read, or no row of them can be used.
     """
     rows, extras, aside, seen = [], [], [], set()
-    verdicts = _in_order(loaders, rows_of(config.data, seed=config.seed if config.shuffle else None), config)
+    verdicts = _in_order(loaders, Shards(config.data).walk(config.seed if config.shuffle else None), config)
     with tqdm(total=config.limit, desc="plan", unit="sample", smoothing=0.1) as bar:
         for verdict in verdicts:
             if isinstance(verdict, Found) and verdict.values[0] in seen:
@@ -269,10 +269,9 @@ def judge(
 
 def selection(config: ExtractConfig) -> dict[str, Any]:
     """What decides which samples a store is planned with; by it, a resumed run knows that it need not plan again."""
-    path = Path(config.data).expanduser()
     names = ("limit", "prompt", "shuffle", "seed", "min_area", "max_area", "held_out", "max_prompt_tokens")
     asked = {name: getattr(config, name) for name in (*names, "vlm_boxes", "queries")}
-    return asked | {"data": Shards(path).fingerprint() if path.exists() else config.data}
+    return asked | {"data": Shards(config.data).fingerprint()}
 
 
 def reasons_of(set_aside: pl.DataFrame) -> dict[str, int]:

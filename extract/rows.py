@@ -6,7 +6,6 @@ read is a `SetAside` that says why; damage is met alike by a walk and by whoever
 
 import hashlib
 import json
-import os
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from extract.sources import find_shards, first_line
 from store.errors import Refusal
 
 REQUIRED = ("omni_edit_id", "task", "src_img", "edited_prompt_list")
@@ -54,19 +54,22 @@ class SetAside:
 def wanted_columns(schema: pa.Schema, edited: bool) -> list[str]:
     """The columns to read: the known ones and every other scalar one (masks and pictures stay on disk)."""
     known = {*NOT_EXTRA} - ({"edited_img"} if not edited else set())
-
-    def scalar(kind: pa.DataType) -> bool:
-        return not (pa.types.is_nested(kind) or pa.types.is_binary(kind) or pa.types.is_large_binary(kind))
-
     return [item.name for item in schema if item.name in known or (item.name != "edited_img" and scalar(item.type))]
+
+
+def scalar(kind: pa.DataType) -> bool:
+    """Whether values of a type are text, numbers, truth values or times."""
+    kind = kind.value_type if pa.types.is_dictionary(kind) else kind
+    asked = ("string", "large_string", "string_view", "integer", "floating", "decimal", "boolean", "temporal")
+    return any(getattr(pa.types, f"is_{name}")(kind) for name in asked)
 
 
 class RowGroup:
     """One row group, read from its first row as far as rows are asked for; ``size`` bytes of it are in memory."""
 
-    def __init__(self, path: Path, group: int, edited: bool):
-        # Buffered, a column is read as far as its pages are decoded; unbuffered it is read whole first.
-        shard = pq.ParquetFile(pa.OSFile(os.fspath(path)), buffer_size=READ_AHEAD, pre_buffer=False)
+    def __init__(self, file: Any, group: int, edited: bool, near: bool):
+        # Buffered, a column is read as far as its pages are decoded. From far, few large reads are quicker.
+        shard = pq.ParquetFile(file, buffer_size=READ_AHEAD if near else 0, pre_buffer=not near)
         columns = wanted_columns(shard.schema_arrow, edited)
         self._ahead = shard.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
         self._starts: list[int] = []
@@ -116,7 +119,7 @@ class RowGroup:
 
 
 class Shards:
-    """The parquet shards of one split in a folder, or one parquet file.
+    """The rows of the parquet shards of one split.
 
     Footers are read when they are first needed and kept; of the rows, those read last stay in memory, so that blocks
     of one row group do not read it again. An object serves one thread.
@@ -124,14 +127,14 @@ class Shards:
     Parameters
     ----------
     data
-        A folder of parquet shards (at any depth), or one shard.
+        A folder of parquet shards (at any depth), one shard, or a hub id (never downloaded whole).
     split
-        Shards named ``<split>-*`` are preferred if there are any.
+        In a folder, shards named ``<split>-*`` are preferred if there are any.
     edited
         Read the edited pictures too.
     memory
         Bytes of decoded rows to keep; at least the last few rows are, and what a single page (or the dictionary) of a
-        column holds comes on top.
+        column holds comes on top. A row group of the hub is fetched whole.
 
     Raises
     ------
@@ -140,18 +143,8 @@ class Shards:
     """
 
     def __init__(self, data: str | Path, split: str = "train", edited: bool = False, memory: int = MEMORY):
-        self.data, self.edited, self.memory = Path(data).expanduser(), edited, memory
-        self._root = self.data.parent if self.data.is_file() else self.data
-        # A link that leads nowhere is a shard that cannot be read; a folder is only where others lie.
-        files = [self.data] if self.data.is_file() else [f for f in self.data.rglob("*.parquet") if not f.is_dir()]
-        files = [file for file in files if file.name.startswith(f"{split}-")] or files
-        if not files:
-            raise Refusal(f"{self.data} has no parquet shard in it")
-        # A name of bytes that are no UTF-8 is shown with escapes: it has to fit into tables.
-        names = (
-            os.fsencode(file.relative_to(self._root).as_posix()).decode(errors="backslashreplace") for file in files
-        )
-        self._paths = dict(sorted(zip(names, files, strict=True)))
+        self.data, self.edited, self.memory = data, edited, memory
+        self._files = find_shards(data, split)
         self._footers: dict[str, tuple[np.ndarray, list[str]] | str] = {}
         self._groups: OrderedDict[tuple[str, int], RowGroup] = OrderedDict()
 
@@ -166,51 +159,60 @@ class Shards:
             yield from (found[place] for place in window)
 
     def walk(self, seed: int | None = None) -> Iterator[tuple[Place, dict[str, Any]] | SetAside]:
-        """All rows in order, or permuted by ``seed``: the row groups of all shards, and the rows within each.
+        """All rows in order, or permuted by ``seed``.
+
+        Of shards here the row groups of all are permuted, of the hub's the shards (a shard of OmniEdit is 200 rows);
+        and the rows of each row group.
 
         Raises
         ------
         Refusal
-            At once: no shard has the required columns.
+            At once: no shard that was looked into (here all, of the hub's the first) has the required columns.
         """
-        broken, groups, complete = [], [], False
-        for name in self._paths:
-            footer = self._footer(name)
-            if isinstance(footer, str):
-                broken.append(SetAside(None, Place(name, None), UNREADABLE_SHARD, footer))
-                continue
-            starts, columns = footer
-            complete |= set(REQUIRED) <= set(columns)
-            groups += [(name, int(start), int(end)) for start, end in pairwise(starts)]
-        if not complete:
-            why = f"{len(broken)} of {len(self._paths)} are damaged; {', '.join(REQUIRED)} are required columns"
-            raise Refusal(f"{self.data} has no usable parquet shard: {why}")
-        return self._walk(broken, groups, seed)
+        draw = None if seed is None else np.random.default_rng(seed)
+        names = looked_into = list(self._files.names)
+        parts = [names]
+        if not self._files.near:
+            order = range(len(names)) if draw is None else draw.permutation(len(names))
+            looked_into, parts = names[:1], [[names[which]] for which in order]
+        footers = [self._footer(name) for name in looked_into]
+        sound = [columns for _, columns in (footer for footer in footers if not isinstance(footer, str))]
+        if not any(set(REQUIRED) <= set(columns) for columns in sound):
+            damaged = f"{len(footers) - len(sound)} of {len(footers)} are damaged"
+            columns = ", ".join(REQUIRED)
+            raise Refusal(f"{self.data} has no usable parquet shard: {damaged}; {columns} are required columns")
+        return self._walk(parts, draw)
 
     def fingerprint(self) -> str:
-        """The sha256 (hex) of the shards' names, sizes and numbers of rows: the same data, without reading them."""
+        """The sha256 (hex) of the shards' names and sizes, here with their numbers of rows: the same data, not read."""
         told = []
-        for name, path in self._paths.items():
-            footer = self._footer(name)
+        for name in self._files.names:
+            footer = self._footer(name) if self._files.near else ""
             rows = None if isinstance(footer, str) else int(footer[0][-1])
-            told.append((name, path.stat().st_size if path.exists() else None, rows))
+            told.append((name, self._files.size(name), rows))
         return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
-    def _walk(self, broken: list[SetAside], groups: list[tuple[str, int, int]], seed: int | None) -> Iterator[Any]:
-        yield from broken
-        draw = None if seed is None else np.random.default_rng(seed)
-        for which in range(len(groups)) if draw is None else draw.permutation(len(groups)):
-            name, start, end = groups[which]
-            order = np.arange(end - start) if draw is None else draw.permutation(end - start)
-            places = [Place(name, start + row) for row in order.tolist()]
-            for place, row in zip(places, self.rows(places), strict=True):
-                yield row if isinstance(row, SetAside) else (place, row)
+    def _walk(self, parts: list[list[str]], draw: np.random.Generator | None) -> Iterator[Any]:
+        for names in parts:
+            groups = []
+            for name in names:
+                footer = self._footer(name)
+                if isinstance(footer, str):
+                    yield SetAside(None, Place(name, None), UNREADABLE_SHARD, footer)
+                    continue
+                groups += [(name, int(start), int(end)) for start, end in pairwise(footer[0])]
+            for which in range(len(groups)) if draw is None else draw.permutation(len(groups)):
+                name, start, end = groups[which]
+                order = np.arange(end - start) if draw is None else draw.permutation(end - start)
+                places = [Place(name, start + row) for row in order.tolist()]
+                for place, row in zip(places, self.rows(places), strict=True):
+                    yield row if isinstance(row, SetAside) else (place, row)
 
     def _footer(self, name: str) -> tuple[np.ndarray, list[str]] | str:
         """Where each row group of a shard starts (and the last ends) and the shard's columns, or what is wrong."""
         if name not in self._footers:
             try:
-                with pq.ParquetFile(pa.OSFile(os.fspath(self._paths[name]))) as shard:
+                with pq.ParquetFile(self._files.open(name)) as shard:
                     counts = [shard.metadata.row_group(group).num_rows for group in range(shard.num_row_groups)]
                     self._footers[name] = np.cumsum([0, *counts]), shard.schema_arrow.names
             except DAMAGE as error:
@@ -218,8 +220,8 @@ class Shards:
         return self._footers[name]
 
     def _row(self, place: Place) -> dict[str, Any] | SetAside:
-        if place.file not in self._paths:
-            return SetAside(None, place, UNREADABLE_SHARD, f"there is no {place.file} in {self.data.name}")
+        if place.file not in self._files.names:
+            return SetAside(None, place, UNREADABLE_SHARD, f"there is no {place.file}")
         footer = self._footer(place.file)
         if isinstance(footer, str):
             return SetAside(None, place, UNREADABLE_SHARD, footer)
@@ -246,7 +248,7 @@ class Shards:
         """The row group with ``row`` of it in memory; it becomes the one used last and older ones make room for it."""
         held = self._groups.pop((name, group), None)
         if held is None or row < held.first:
-            held = RowGroup(self._paths[name], group, self.edited)
+            held = RowGroup(self._files.open(name), group, self.edited, self._files.near)
         self._groups[name, group] = held
         held.read_to(row)
         while len(self._groups) > OPEN_GROUPS or (len(self._groups) > 1 and self._size() > self.memory):
@@ -260,5 +262,4 @@ class Shards:
 
     def _said(self, error: Exception) -> str:
         """An error's first line without the folder: it is kept in tables that do not depend on where the data lie."""
-        said = (str(error).strip() or type(error).__name__).splitlines()[0]
-        return said.replace(f"{self._root}{os.sep}", "")
+        return first_line(error).replace(f"{self._files.root}/", "")

@@ -1,23 +1,29 @@
 """Every row of a data set becomes a sample or is set aside with its place and a reason; nothing else happens."""
 
 import io
+from collections import Counter
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
-from extract.omniedit import Sample, SetAside, read
+from extract.omniedit import BadSample, Checks, Place, Sample, SetAside, decode, read, sample_of
 from store.errors import Refusal
+
+# Pillow says on the way what it finds odd in EXIF.
+pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")
 
 NOISE = Image.effect_noise((64, 48), 60)
 
 
-def encoded(picture=None, kind="PNG", **settings):
+def encoded(picture=None, kind="PNG", **given):
     buffer = io.BytesIO()
-    (picture or NOISE.convert("RGB")).save(buffer, kind, **settings)
+    (picture or NOISE.convert("RGB")).save(buffer, kind, **given)
     return buffer.getvalue()
 
 
@@ -44,9 +50,9 @@ def image(data):
     return {"src_img": {"bytes": data, "path": None}}
 
 
-def write(path, rows, **settings):
+def write(path, rows, **given):
     path.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.Table.from_pylist(rows), path, **settings)
+    pq.write_table(pa.Table.from_pylist(rows), path, **given)
     return path
 
 
@@ -72,6 +78,9 @@ def test_a_good_row_comes_out_whole(tmp_path):
     assert ids(read(path)) == ["id0"]
 
 
+# Two entries of EXIF's first folder: turned to the right, and a text that is not where it is said to be.
+ENTRIES = b"\x12\x01\x03\0\x01\0\0\0\x06\0\0\0" + b"\x0e\x01\x02\0\xff\0\0\0\xff\xff\xff\x7f" + bytes(4)
+
 BAD = {
     "image truncated": image(JPEG[: len(JPEG) // 2]),
     "image cannot be decoded (no bytes)": image(None),
@@ -80,17 +89,19 @@ BAD = {
     "empty prompt": {"edited_prompt_list": []},
     "empty prompt (blank)": {"edited_prompt_list": ["  ", "\n"]},
     "empty prompt (null)": {"edited_prompt_list": None},
-    "prompt contains special tokens": {"edited_prompt_list": ["a <|image_pad|> b"]},
     "absurd size (long)": image(encoded(Image.new("L", (20_020, 101)))),
     "absurd size (thin)": image(encoded(Image.new("L", (4000, 16)))),
     "absurd size (small)": image(encoded(Image.new("L", (13, 40)))),
     "width/height disagree with the image": {"width": 65},
+    "width/height disagree with the image (one is given)": {"width": 65, "height": None},
+    "image cannot be decoded (floats)": image(encoded(Image.new("F", (64, 48)), "TIFF")),
     "box outside the image": {"box": [8, 8, 65, 40]},
     "box is not x1 < x2, y1 < y2": {"box": [32, 8, 8, 40]},
     "box is not x1 < x2, y1 < y2 (three)": {"box": [1, 2, 3]},
     "box area out of range": {"box": [8, 8, 9, 9]},
     "box area out of range (all)": {"box": [0, 0, 64, 48]},
     "no id": {"omni_edit_id": None},
+    "no id (blank)": {"omni_edit_id": " "},
     "duplicate id": {"omni_edit_id": "id0"},
 }
 
@@ -114,6 +125,84 @@ def test_a_decompression_bomb_is_not_unpacked(tmp_path):
     write(tmp_path / "a.parquet", [row(0), row(1, **image(bytes(bomb)), width=60_000, height=60_000)])
     _, (aside,) = split(read(tmp_path))
     assert aside.reason == "absurd size"
+
+
+FILES = {
+    "JPEG": {"quality": 90},
+    "progressive JPEG": {"quality": 90, "progressive": True},
+    "PNG": {},
+    "GIF": {},
+    "WEBP": {"lossless": True},
+    "BMP": {},
+    "TIFF": {},
+    "packed TIFF": {"compression": "tiff_lzw"},
+}
+
+
+@pytest.mark.parametrize("kind", FILES)
+def test_a_picture_cut_anywhere_is_whole_or_none(kind):
+    whole = encoded(Image.effect_noise((24, 20), 60).convert("RGB"), kind.split()[-1], **FILES[kind])
+    expected, shown = decode(whole), Counter()
+    for end in range(len(whole)):
+        try:
+            assert decode(whole[:end]) == expected, end
+        except BadSample as bad:
+            assert reason_of(judged, whole[:end]) == bad.reason, end
+            shown[bad.reason] += 1
+        else:
+            assert reason_of(judged, whole[:end]) is None, end
+    assert set(shown) <= {"image truncated", "image cannot be decoded"}
+    assert shown.total() > 0.9 * len(whole)
+
+
+def judged(file):
+    """The sample of a row with this picture (raises `BadSample`)."""
+    free = {"width": None, "height": None, "box": None}
+    return sample_of(row(0, **image(file), **free), Place("a.parquet", 0), Checks())
+
+
+def reason_of(look, file):
+    try:
+        assert look(file) is not None
+    except BadSample as bad:
+        return bad.reason
+    return None
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.data())
+def test_bytes_that_were_changed_give_a_picture_or_a_reason_and_never_an_error(data):
+    kind = data.draw(st.sampled_from(sorted(FILES)))
+    changed = bytearray(encoded(NOISE.convert("RGB"), kind.split()[-1], **FILES[kind]))
+    for _ in range(data.draw(st.integers(1, 20))):
+        # Most of what can go wrong does so in headers, which stand at the start (at the end of a TIFF).
+        place = data.draw(st.one_of(st.integers(0, 200), st.integers(-200, -1), st.integers(0, len(changed) - 1)))
+        changed[place % len(changed)] = data.draw(st.integers(0, 255))
+    shown, checked = (reason_of(look, bytes(changed)) for look in (decode, lambda file: judged(file).image))
+    assert shown == checked  # planning looks less closely, and sees as much
+
+
+def test_the_size_that_planning_sees_is_that_of_the_picture_whatever_its_exif_says(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    kinds = ("JPEG", "PNG", "WEBP", "TIFF")
+    files = [encoded(kind=kind, **({"tiffinfo": exif} if kind == "TIFF" else {"exif": exif})) for kind in kinds]
+    # EXIF that can be read but not written again, of which Pillow's own turning makes a picture that is not turned.
+    files.append(encoded(kind="JPEG", exif=b"Exif\0\0II*\0\x08\0\0\0\x02\0" + ENTRIES))
+    write(tmp_path / "a.parquet", [row(n, **image(file), width=None, height=None) for n, file in enumerate(files)])
+    for checked in (True, False):
+        good, aside = split(read(tmp_path, check_pixels=checked))
+        assert aside == []
+        assert [(s.width, s.height) for s in good] == [s.image.size for s in good] == [(48, 64)] * len(files)
+
+
+def test_planning_decodes_a_picture_once_and_a_later_look_at_headers_never(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet", [row(0, **image(encoded(kind="PNG")))])
+    loads = []
+    real = PngImageFile.load_prepare
+    monkeypatch.setattr(PngImageFile, "load_prepare", lambda self: loads.append(self) or real(self))
+    assert len(list(read(tmp_path))) == len(loads) == 1
+    assert len(list(read(tmp_path, check_pixels=False))) == len(loads) == 1
 
 
 def test_without_pixel_checks_a_truncated_picture_is_found_on_access(tmp_path):
@@ -229,35 +318,6 @@ def test_what_is_no_data_set_is_refused_at_once(tmp_path):
         with pytest.raises(Refusal, match=says) as refusal:
             read(tmp_path / place)
         assert "\n" not in str(refusal.value)
-
-
-def test_the_hub_is_streamed_through_the_same_checks(tmp_path, monkeypatch):
-    write(tmp_path / "a.parquet", [row(0), row(1, edited_prompt_list=[]), row(2)])
-    real = datasets.load_dataset
-
-    def served(name, split, streaming):
-        assert (name, split, streaming) == ("TIGER-Lab/OmniEdit-Filtered-1.2M", "train", True)
-        files = {"train": str(tmp_path / "a.parquet")}
-        stream = real("parquet", data_files=files, split=split, streaming=True, cache_dir=str(tmp_path / "cache"))
-        return stream.cast_column("src_img", datasets.Image())
-
-    monkeypatch.setattr(datasets, "load_dataset", served)
-    good, (aside,) = split(read("TIGER-Lab/OmniEdit-Filtered-1.2M"))
-    local, _ = split(read(tmp_path))
-    assert [(s.sample_id, s.instruction, s.box, s.extra, s.source) for s in good] == [
-        (s.sample_id, s.instruction, s.box, s.extra, s.source) for s in local
-    ]
-    assert (aside.reason, aside.place) == ("empty prompt", ("TIGER-Lab/OmniEdit-Filtered-1.2M", 1))
-    assert sorted(ids(read("TIGER-Lab/OmniEdit-Filtered-1.2M", shuffle=True))) == ["id0", "id1", "id2"]
-
-
-def test_a_hub_that_does_not_answer_is_a_refusal(monkeypatch):
-    def fails(*args, **settings):
-        raise ConnectionError("Couldn't reach it\nsecond line")
-
-    monkeypatch.setattr(datasets, "load_dataset", fails)
-    with pytest.raises(Refusal, match=r"some/where is neither a folder here nor .*Couldn't reach it$"):
-        read("some/where")
 
 
 def turned(orientation):

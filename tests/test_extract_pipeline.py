@@ -15,10 +15,10 @@ import torch
 
 import store
 from extract.config import POCKET, PRESETS
-from extract.loading import CHANGED, MOVED, Source, planned_of, prepare
+from extract.loading import CHANGED, MOVED, planned_of, prepare, rows_at
 from extract.moving import Mover
 from extract.pipeline import Clock, Filling, batches_of
-from extract.rows import Place, SetAside
+from extract.rows import Place, SetAside, Shards
 from extract.run import begin, extract, fill, lay_out, make_extractor
 from extract.scenes.shards import ScenesConfig, write_scenes
 from extract.workers import Rank
@@ -69,7 +69,7 @@ def test_loader_processes_and_a_thread_prepare_the_same(made):
     extractor, thread = made
     plan = extractor.plan
     places = [Place(*row) for row in plan.samples.select("file", "row").iter_rows()][:5]
-    rows = Source(extractor.config.data, None).rows(places)
+    rows = rows_at(Shards(extractor.config.data), places)
     given = prepare, planned_of(plan.samples)[:5], rows, ("edit",)
     planner, processes = begin(dataclasses.replace(extractor.config, loaders=2), Rank())
     with processes:
@@ -87,7 +87,7 @@ def test_loader_processes_and_a_thread_prepare_the_same(made):
 def test_pixels_in_the_models_dtype_give_the_same_states_bit_for_bit(made):
     extractor, loaders = made
     plan = extractor.plan
-    rows = Source(extractor.config.data, None).rows([Place(*plan.samples.select("file", "row").row(0))])
+    rows = rows_at(Shards(extractor.config.data), [Place(*plan.samples.select("file", "row").row(0))])
     (found, _) = loaders.result(loaders.submit(prepare, planned_of(plan.samples)[:1], rows, ("edit",)))
     light = found[0]["edit"]
     sample = PlainSample(rows[0][1], plan.samples["instruction"][0])
@@ -112,7 +112,7 @@ def test_data_that_changed_since_planning_are_set_aside_by_reason(made, tmp_path
     extractor, loaders = made
     plan = extractor.plan
     places = [Place(*row) for row in plan.samples.select("file", "row").iter_rows()][:4]
-    rows = Source(extractor.config.data, None).rows(places)
+    rows = rows_at(Shards(extractor.config.data), places)
     planned = planned_of(plan.samples)[:4]
     other = rows[2][1]["src_img"]["bytes"]
     given = [
@@ -149,7 +149,7 @@ def test_an_error_in_any_stage_ends_the_run_with_it_and_leaves_no_half_block(mad
         raise MemoryError(f"in {when}")
 
     if when == "read":
-        monkeypatch.setattr(Source, "rows", fail)
+        monkeypatch.setattr(Shards, "rows", fail)
     elif when == "prepare":
         monkeypatch.setattr("extract.loading._prepared", fail)
     elif when == "pass":

@@ -3,12 +3,16 @@
 import tempfile
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from fsspec.implementations.local import LocalFileOpener
+from hostile_shards import damage
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from test_extract_omniedit import row as good_row
 
 from extract.omniedit import Checks, Sample, read, samples_at
 from extract.rows import Place, SetAside, Shards
@@ -30,17 +34,6 @@ def write(path, rows, **given):
     path.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.Table.from_pylist(rows), path, **given)
     return path
-
-
-def damage(path, group):
-    """Overwrite the pictures of one row group's page with bytes that no decoder takes."""
-    columns = pq.ParquetFile(path).metadata.row_group(group)
-    for number in range(columns.num_columns):
-        column = columns.column(number)
-        if column.path_in_schema == "src_img.bytes":
-            bad = bytearray(path.read_bytes())
-            bad[column.data_page_offset : column.data_page_offset + 30] = b"\xff" * 30
-            path.write_bytes(bad)
 
 
 def walked(shards, seed=None):
@@ -202,12 +195,72 @@ def test_a_huge_row_group_is_not_held_whole(tmp_path):
 
 
 def test_samples_by_place_pass_the_checks_of_the_read(tmp_path):
-    from test_extract_omniedit import row as good
-    from test_extract_omniedit import write as write_rows
-
-    write_rows(tmp_path / "a.parquet", [good(0), good(1, edited_prompt_list=[]), good(2)])
+    write(tmp_path / "a.parquet", [good_row(0), good_row(1, edited_prompt_list=[]), good_row(2)])
     by_place = list(samples_at(Shards(tmp_path), [Place("a.parquet", number) for number in (2, 1, 0)], Checks()))
     assert [item.sample_id for item in by_place] == ["id2", "id1", "id0"]
     in_order = list(read(tmp_path))
     assert by_place[1] == in_order[1]
     assert all(isinstance(item, Sample) for item in (by_place[0], by_place[2]))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch):
+    """A hub whose one data set lies in a folder here and is read through fsspec, as the hub's own are."""
+    real = datasets.load_dataset_builder
+
+    def served(name):
+        if name != "TIGER-Lab/OmniEdit-Filtered-1.2M":
+            raise ConnectionError("Couldn't reach it\nsecond line")
+        files = {"train": [str(file) for file in (tmp_path / "data").glob("*.parquet")]}
+        return real("parquet", data_files=files, cache_dir=str(tmp_path / "cache"))
+
+    monkeypatch.setattr(datasets, "load_dataset_builder", served)
+    return "TIGER-Lab/OmniEdit-Filtered-1.2M"
+
+
+def test_the_hub_gives_the_rows_that_the_same_shards_give_here(tmp_path, hub):
+    for shard in range(4):
+        write(tmp_path / f"data/{shard}.parquet", [row(10 * shard + n) for n in range(10)], row_group_size=4)
+    damage(tmp_path / "data/1.parquet", 0)
+    (tmp_path / "data/3.parquet").write_bytes(b"no parquet")
+    here, there = Shards(tmp_path / "data"), Shards(hub)
+    assert len(walked(here)) == 31
+    assert walked(there) == walked(here) == walked(Shards(hub), seed=3)
+    assert list(Shards(hub).walk(3)) == list(Shards(hub).walk(3)) != list(Shards(hub).walk(4))
+    places = [Place("2.parquet", 7), Place("1.parquet", 1), Place("0.parquet", 9), Place("9.parquet", 0)]
+    assert list(there.rows(places)) == list(here.rows(places))
+    assert Shards(hub).fingerprint() == there.fingerprint()
+    (tmp_path / "data/0.parquet").unlink()
+    assert Shards(hub).fingerprint() != there.fingerprint()
+
+
+def test_samples_of_the_hub_pass_the_same_checks(tmp_path, hub):
+    write(tmp_path / "data/a.parquet", [good_row(0), good_row(1, edited_prompt_list=[]), good_row(2)])
+    there, here = list(read(hub)), list(read(tmp_path / "data"))
+    assert [vars(item) for item in there] == [vars(item) for item in here]
+    assert len(there) == 3
+
+
+def test_a_connection_that_breaks_off_is_a_refusal_and_sets_no_row_aside(tmp_path, hub, monkeypatch):
+    write(tmp_path / "data/a.parquet", [row(n) for n in range(10)], row_group_size=5)
+    shards = Shards(hub)
+    rows = shards.walk()
+    next(rows)
+
+    def fails(self, size=-1):
+        raise TimeoutError("gave up")
+
+    monkeypatch.setattr(LocalFileOpener, "read", fails, raising=False)
+    with pytest.raises(Refusal, match=r"a\.parquet broke off: gave up; the same command goes on"):
+        list(rows)
+
+
+def test_what_the_hub_does_not_give_is_a_refusal(tmp_path, hub):
+    (tmp_path / "data").mkdir()
+    with pytest.raises(Refusal, match=r"some/where is neither a folder here nor .*Couldn't reach it$"):
+        Shards("some/where")
+    write(tmp_path / "data/a.parquet", [{"omni_edit_id": "a"}])
+    with pytest.raises(Refusal, match=r"no usable parquet shard.*src_img"):
+        Shards(hub).walk()
+    with pytest.raises(Refusal, match=r"is neither a folder here nor .*dev"):
+        Shards(hub, split="dev")
