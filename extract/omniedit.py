@@ -312,12 +312,18 @@ def wanted_columns(schema: pa.Schema, edited: bool) -> list[str]:
     return [item.name for item in schema if item.name in known or (item.name != "edited_img" and scalar(item.type))]
 
 
-def local_rows(path: Path, split: str, edited: bool, seed: int | None) -> Iterator[Any]:
-    """Rows of the shards at ``path``, in order or permuted; footers are read here and now, rows lazily."""
+def shard_files(path: Path, split: str = "train") -> list[Path]:
+    """The parquet shards at ``path``, a folder or a file, in order; those of ``split`` alone if there are any."""
     files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
     files = [file for file in files if file.name.startswith(f"{split}-")] or files
     if not files:
         raise Refusal(f"{path} has no parquet shard in it")
+    return files
+
+
+def local_rows(path: Path, split: str, edited: bool, seed: int | None) -> Iterator[Any]:
+    """Rows of the shards at ``path``, in order or permuted; footers are read here and now, rows lazily."""
+    files = shard_files(path, split)
     broken, groups, complete = [], [], False
     for file in files:
         try:
