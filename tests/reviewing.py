@@ -1,6 +1,7 @@
 """A small real store with its data, and the review command as a process of its own: for its tests."""
 
 import http.client
+import itertools
 import json
 import re
 import signal
@@ -49,6 +50,7 @@ class Review:
     def __init__(self, *options):
         command = [sys.executable, "-m", "extract.review", *map(str, options)]
         self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.out = dict(itertools.pairwise(options)).get("--out")
         self.said = ""
         for line in self.process.stdout:
             self.said += line

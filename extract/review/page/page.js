@@ -133,11 +133,12 @@ function render() {
   $("counts").textContent =
     `${done} of ${progress.total}: ✓ ${progress.accepted} accepted, ✎ ${progress.fixed} fixed, ` +
     `✕ ${progress.rejected} rejected`;
-  $("which").textContent = sample ? `${sample.place + 1}. ${sample.sample_id}${sample.task ? `, ${sample.task}` : ""}` : "";
+  $("number").textContent = sample ? `${sample.place + 1}.` : "";
+  $("which").textContent = sample ? `${sample.sample_id}${sample.task ? `, ${sample.task}` : ""}` : "";
   const verdict = sample?.verdict;
   $("held").textContent = verdict
-    ? `— ${MARKS[verdict.verdict]}${verdict.reason ? `: ${verdict.reason}` : ""}`
-    : sample && shown && !sample.box && !box ? "— no box yet: drag on the picture to draw one" : "";
+    ? `${MARKS[verdict.verdict]}${verdict.reason ? `: ${verdict.reason}` : ""}`
+    : sample && shown && !sample.box && !box ? "no box yet: drag on the picture to draw it" : "";
   $("accept-text").textContent = !sample ? "Go on" : changed() ? "✎ Keep the fix" : "✓ Accept";
   $("accept").disabled = busy || (sample ? !shown || !box : !ended || !progress.left);
   $("reject").disabled = busy || !sample;
@@ -418,7 +419,9 @@ $("reject-dialog").addEventListener("submit", (event) => {
   judge("rejected", $("reason").value.trim() || null);
 });
 for (const dialog of document.querySelectorAll("dialog")) {
-  dialog.addEventListener("close", () => document.activeElement?.blur());
+  dialog.addEventListener("close", () => {
+    if (!document.querySelector("dialog[open]")) document.activeElement?.blur(); // told late: another may be open
+  });
 }
 
 async function start() {
