@@ -15,6 +15,7 @@ import polars as pl
 import store
 from extract.omniedit import read
 from extract.planning import SAMPLE_SCHEMA
+from extract.review import verdicts
 from store.synthetic import synthetic_sample
 
 BOX = ("x1", "y1", "x2", "y2")
@@ -48,9 +49,13 @@ class Review:
     """The command, running until it is stopped or killed."""
 
     def __init__(self, *options):
-        command = [sys.executable, "-m", "extract.review", *map(str, options)]
-        self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        self.command = [sys.executable, "-m", "extract.review", *map(str, options)]
         self.out = dict(itertools.pairwise(options)).get("--out")
+        self.start()
+
+    def start(self):
+        """Start it, for the first time or again, and wait for the address of its page."""
+        self.process = subprocess.Popen(self.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         self.said = ""
         for line in self.process.stdout:
             self.said += line
@@ -73,6 +78,7 @@ class Review:
         return said
 
     def kill(self):
+        """As by ``kill -9``; nothing if it has ended."""
         if self.process.poll() is None:
             self.process.kill()
         self.process.communicate()
@@ -90,6 +96,12 @@ class Review:
         link.close()
         self.headers = answer.headers
         return answer.status, json.loads(data) if answer.headers.get_content_type() == "application/json" else data
+
+    def withdraw_all(self):
+        """Take every verdict back."""
+        for name in verdicts.boxes_by_id(self.out):
+            sent = {"sample_id": name, "verdict": "withdrawn", "box": None, "reason": None}
+            assert self.ask("verdicts", sent)[0] == 200
 
 
 def lines(path):

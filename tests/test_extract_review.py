@@ -5,7 +5,6 @@ import io
 import json
 import resource
 import shutil
-import signal
 import threading
 from pathlib import Path
 
@@ -415,7 +414,8 @@ def test_the_summary_says_how_well_the_models_box_agrees_with_the_final_one(desk
 
 @pytest.fixture(scope="module")
 def served(reviewed, scenes, tmp_path_factory):
-    with Review("--store", reviewed, "--data", scenes, "--out", tmp_path_factory.mktemp("out") / "v.jsonl") as running:
+    out = tmp_path_factory.mktemp("out") / "v.jsonl"
+    with Review("--store", reviewed, "--data", scenes, "--out", out, "--reviewer", "Ada") as running:
         yield running
 
 
@@ -491,40 +491,38 @@ def test_the_server_listens_on_this_machine_alone(served):
     assert f"00000000:{served.port:04X}" not in listening
 
 
-def test_what_was_confirmed_survives_a_kill_and_the_same_command_goes_on(reviewed, scenes, tmp_path):
-    path = tmp_path / "v.jsonl"
-    options = ("--store", reviewed, "--data", scenes, "--out", path, "--reviewer", "Ada")
-    with Review(*options) as first:
-        _, shown = first.ask("samples/0")
-        status, answer = first.ask("verdicts", told_of(shown, "accepted"))
-        assert (status, answer["next_left"]) == (200, 1)
-        first.process.send_signal(signal.SIGKILL)
-    with path.open("ab") as file:
+def test_what_was_confirmed_survives_a_kill_and_the_same_command_goes_on(served):
+    served.withdraw_all()
+    _, shown = served.ask("samples/0")
+    told = {"sample_id": shown["sample_id"], "verdict": "accepted", "box": shown["box"], "reason": None}
+    status, answer = served.ask("verdicts", told)
+    assert (status, answer["next_left"]) == (200, 1)
+    served.kill()
+    with served.out.open("ab") as file:
         file.write(b'{"sample_id": "torn')
-    with Review(*options) as second:
-        assert "19 bytes of a line that was never confirmed are cut off" in second.said
-        assert "9 of 10 samples left" in second.said
-        assert second.ask("progress")[1]["next_left"] == 1
-        assert second.ask("samples/0")[1]["verdict"]["verdict"] == "accepted"
-        said = second.stop()
-    assert "1 accepted, 0 fixed, 0 rejected, 9 left, of 10 samples" in said
-    assert "agreement: mean IoU of the model's box with the final one 0.890" in said
-    assert [line["reviewer"] for line in lines(path)] == ["Ada"]
+    served.start()
+    assert "19 bytes of a line that was never confirmed are cut off" in served.said
+    assert "9 of 10 samples left" in served.said
+    assert served.ask("progress")[1]["next_left"] == 1
+    assert served.ask("samples/0")[1]["verdict"]["verdict"] == "accepted"
+    assert [line["reviewer"] for line in lines(served.out)] == ["Ada"]
 
 
-def told_of(shown, kind):
-    return {"sample_id": shown["sample_id"], "verdict": kind, "box": shown["box"], "reason": None}
-
-
-def test_verdicts_lie_beside_the_store_and_a_split_alone_can_be_reviewed(reviewed, scenes, tmp_path):
+def test_ctrl_c_ends_a_review_with_a_summary_of_its_split_and_verdicts_lie_beside_the_store(reviewed, scenes, tmp_path):
     path = shutil.copytree(reviewed, tmp_path / "s.zarr")
     with Review("--store", f"{path}/", "--data", scenes, "--split", "train") as running:
         assert "4 of 4 samples left" in running.said
-        shown = [running.ask(f"samples/{place}")[1]["sample_id"] for place in range(4)]
-        assert shown == store.open(path).samples.filter(split="train")["sample_id"].to_list()
-        assert (tmp_path / "s.zarr.verdicts.jsonl").exists()
+        shown = [running.ask(f"samples/{place}")[1] for place in range(4)]
+        train = store.open(path).samples.filter(split="train")["sample_id"]
+        assert [one["sample_id"] for one in shown] == train.to_list()
+        told = {"sample_id": train[0], "verdict": "accepted", "box": shown[0]["box"], "reason": None}
+        assert running.ask("verdicts", told)[0] == 200
         with pytest.raises(Refusal, match="in use by another review"):
             review(ReviewConfig(store=str(path), data=str(scenes)))
+        said = running.stop()
+    assert "1 accepted, 0 fixed, 0 rejected, 3 left, of 4 samples" in said
+    assert "agreement: mean IoU of the model's box with the final one 0.890 [0.890, 0.890], n = 1" in said
+    assert len(lines(tmp_path / "s.zarr.verdicts.jsonl")) == 1
 
 
 def test_what_cannot_be_reviewed_is_refused(reviewed, scenes, served, tmp_path):
@@ -539,6 +537,7 @@ def test_what_cannot_be_reviewed_is_refused(reviewed, scenes, served, tmp_path):
         ({"out": Path("s3://bucket/v.jsonl")}, "is a URL"),
         ({"out": tmp_path / "v", "port": served.port}, "cannot be had"),
         ({"port": 70000}, "--port 70000"),
+        ({"reviewer": "\udcff"}, "printable"),
         ({"store": str(tmp_path)}, "is not a store"),
     ):
         with pytest.raises(Refusal, match=why):
@@ -551,9 +550,7 @@ def test_a_store_without_sizes_is_refused(tmp_path, scenes):
         Desk(pl.DataFrame({"sample_id": ["a"], "instruction": ["x"]}), None, None, None)
 
 
-def test_verdicts_on_a_store_in_an_object_store_need_a_file_of_their_own(s3, scenes, tmp_path):
+def test_verdicts_on_a_store_in_an_object_store_need_a_file_of_their_own(s3, scenes):
     make_store(s3, scenes)
     with pytest.raises(Refusal, match="give --out"):
         review(ReviewConfig(store=s3, data=str(scenes)))
-    with Review("--store", s3, "--data", scenes, "--out", tmp_path / "v") as running:
-        assert "10 of 10 samples left" in running.said

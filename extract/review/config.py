@@ -31,6 +31,8 @@ class ReviewConfig:
     """Port of the page on 127.0.0.1; any free one where not given."""
 
     def __post_init__(self):
-        """Refuse numbers that make no sense."""
+        """Refuse what makes no sense."""
         if not 0 <= self.port <= 65535:
             raise Refusal(f"--port {self.port}: give one from 0 (any free port) to 65535")
+        if self.reviewer is not None and not self.reviewer.isprintable():
+            raise Refusal(f"--reviewer {self.reviewer!r}: give a name of printable characters")
