@@ -13,7 +13,7 @@ PROBES ?= runs/probes
 FIGURES ?= figures
 STORE_READ := $(or $(STORE),data/store.zarr)
 
-.PHONY: help setup test test-slow extract verify repair inspect du probe figures bench lint pocket clean
+.PHONY: help setup test test-slow extract review verify repair inspect du probe figures bench lint pocket clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-26s %s\n", $$1, $$2}'
@@ -33,6 +33,9 @@ $(VENV)/.ready: pyproject.toml constraints.txt | $(filter .uv/bin/uv,$(UV))
 
 extract: setup ## Pictures and instructions -> a verified store of hidden states (PRESET, DATA, STORE, ARGS)
 	$(RUN) -m extract --preset $(PRESET) $(if $(DATA),--data $(DATA)) $(if $(STORE),--store $(STORE)) $(ARGS)
+
+review: setup ## Verify boxes by hand on a local page (STORE, DATA, ARGS)
+	$(RUN) -m extract.review --store $(STORE_READ) --data $(or $(DATA),data/scenes) $(ARGS)
 
 verify repair inspect du: setup ## Check, mend or look at the store (STORE, ARGS)
 	$(RUN) -m store $@ $(STORE_READ) $(ARGS)

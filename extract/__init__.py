@@ -19,5 +19,6 @@ The way through
 ``run``         plan → pass → store → verify
 
 ``scenes``      pictures with exact boxes, drawn here, in OmniEdit's columns (``python -m extract.scenes``)
+``review``      boxes verified by a person on a local page (``python -m extract.review``)
 ``pocket``      a small real Qwen2.5-VL, trained here (``python -m extract.pocket``)
 """

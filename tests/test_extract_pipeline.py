@@ -59,7 +59,7 @@ def test_batches_are_the_blocks_samples_by_length(made):
     assert plan.n_blocks == 2
     for b in range(plan.n_blocks):
         batches = batches_of(plan, b, 16)
-        assert sorted(sum(batches, [])) == list(plan.block(b))
+        assert sorted(n for batch in batches for n in batch) == list(plan.block(b))
         lengths = [(plan.samples["n_image"] + plan.samples["n_text"])[n] for batch in batches for n in batch]
         assert lengths == sorted(lengths)
         assert all(len(batch) == 16 for batch in batches[:-1])

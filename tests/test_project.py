@@ -70,6 +70,7 @@ def test_data_flow_one_way_and_every_file_says_its_purpose(path):
         "extract",
         "extract.scenes",
         "extract.pocket evaluate",
+        "extract.review",
         "store",
         "store verify",
         "probes train",
