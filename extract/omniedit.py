@@ -312,10 +312,15 @@ def wanted_columns(schema: pa.Schema, edited: bool) -> list[str]:
     return [item.name for item in schema if item.name in known or (item.name != "edited_img" and scalar(item.type))]
 
 
+def local_shards(path: Path, split: str) -> list[Path]:
+    """The parquet files at ``path``, those of the split where there are any."""
+    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
+    return [file for file in files if file.name.startswith(f"{split}-")] or files
+
+
 def local_rows(path: Path, split: str, edited: bool, seed: int | None) -> Iterator[Any]:
     """Rows of the shards at ``path``, in order or permuted; footers are read here and now, rows lazily."""
-    files = [path] if path.is_file() else sorted(path.rglob("*.parquet"))
-    files = [file for file in files if file.name.startswith(f"{split}-")] or files
+    files = local_shards(path, split)
     if not files:
         raise Refusal(f"{path} has no parquet shard in it")
     broken, groups, complete = [], [], False
