@@ -15,8 +15,10 @@ The way through
 ``prompts``     the editing template (the installed diffusers' own) and the grounding one
 ``sequence``    (picture, instruction) → model inputs, positions, and the table that says what each token is
 ``capture``     one pass: hidden states by layer name, attention rows beside SDPA attention
-``boxes``       the model asked to speak: its box, parsed and mapped to the source picture
+``decoding``    the model asked to speak: greedy answers of a batch, each as long as it need be
+``boxes``       its answer as a box of the source picture, or why it is none; ``scoring`` against true ones
 ``run``         plan → pass → store → verify
+``ground``      boxes alone, without a store (``python -m extract.ground``)
 
 ``scenes``      pictures with exact boxes, drawn here, in OmniEdit's columns (``python -m extract.scenes``)
 ``review``      boxes verified by a person on a local page (``python -m extract.review``)

@@ -69,6 +69,7 @@ def test_data_flow_one_way_and_every_file_says_its_purpose(path):
     [
         "extract",
         "extract.scenes",
+        "extract.ground",
         "extract.pocket evaluate",
         "extract.review",
         "store",

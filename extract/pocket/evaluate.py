@@ -1,7 +1,6 @@
 """How often the pocket model's generated box is right on fresh scenes, beside the floors that need no model."""
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from io import BytesIO
@@ -10,7 +9,6 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from torchvision.ops import box_iou
 from tqdm import tqdm
 from transformers import Qwen2_5_VLForConditionalGeneration
 
@@ -22,10 +20,10 @@ from extract.pocket.lesson import describe
 from extract.prompts import GROUND_TEMPLATE, editing_template
 from extract.scenes.scene import DIFFICULTIES, draw_scene
 from extract.scenes.shards import row_of
+from extract.scoring import centre_boxes, score_boxes, wilson
 from extract.sequence import Conditioner
 from store.errors import Refusal
 
-HIT = 0.5  # IoU from which a box counts as right [ABP §4.1]
 MEAN_BOX_SCENES = 1000
 DESCRIBED = 200  # scenes of which descriptions are asked: answers are long
 
@@ -75,22 +73,9 @@ def fresh_scenes(samples: int, seed: int, difficulty: str) -> list[Held]:
     return held
 
 
-def wilson(hits: int, n: int, z: float = 1.96) -> tuple[float, float]:
-    """The 95 % score interval of a share (Wilson 1927)."""
-    share = hits / n
-    middle, half = share + z * z / (2 * n), z * math.sqrt(share * (1 - share) / n + z * z / (4 * n * n))
-    return (middle - half) / (1 + z * z / n), (middle + half) / (1 + z * z / n)
-
-
 def score(boxes: Sequence[Sequence[float] | None], held: Sequence[Held]) -> dict[str, float]:
-    """Share of boxes with IoU of at least one half, its interval, mean IoU, share of answers without a box."""
-    truth = torch.tensor([h.box for h in held])
-    given = torch.tensor([box or (0.0, 0.0, 0.0, 0.0) for box in boxes], dtype=torch.float32)
-    ious = box_iou(given, truth).diagonal().nan_to_num()
-    hits = int((ious >= HIT).sum())
-    low, high = wilson(hits, len(held))
-    missing = sum(box is None for box in boxes) / len(held)
-    return {"iou50": hits / len(held), "low": low, "high": high, "mean_iou": float(ious.mean()), "no_box": missing}
+    """`score_boxes` against the scenes' own boxes."""
+    return score_boxes(boxes, [h.box for h in held])
 
 
 def ask(model, processor, held: Sequence[Held], batch_size: int, name: str) -> list:
@@ -131,16 +116,15 @@ def evaluate(config: EvaluateConfig) -> None:
     torch.set_num_threads(config.threads)
     held = fresh_scenes(config.samples, config.seed, config.difficulty)
     others = fresh_scenes(MEAN_BOX_SCENES, config.seed + 1, config.difficulty)
-    sizes = np.array([h.image.size * 2 for h in held], np.float32)
+    sizes = [h.image.size for h in held]
     mean = np.mean([np.array(h.box) / np.array(h.image.size * 2) for h in others], axis=0)
-    extent = np.sqrt(np.mean([(h.box[2] - h.box[0]) * (h.box[3] - h.box[1]) / np.prod(h.image.size) for h in others]))
-    centre = np.array([0.5 - extent / 2] * 2 + [0.5 + extent / 2] * 2)
+    share = np.mean([(h.box[2] - h.box[0]) * (h.box[3] - h.box[1]) / np.prod(h.image.size) for h in others])
     processor = load_processor(config.model)
     model = load_model(config.model, torch.device("cpu"))
     results = {
         "model": score(ask(model, processor, held, config.batch_size, "model"), held),
-        "centre box": score((centre * sizes).tolist(), held),
-        "mean box": score((mean * sizes).tolist(), held),
+        "centre box": score(centre_boxes(sizes, float(share)), held),
+        "mean box": score((mean * np.tile(sizes, 2)).tolist(), held),
     }
     if config.untrained:
         torch.manual_seed(0)
