@@ -70,6 +70,8 @@ class ExtractConfig:
     vlm_boxes: bool = True
     """Also ask the model for the box by generating; the answer is kept beside the sample. Samples whose data bring no
     box get this one as their true box, and the area filter applies to it."""
+    boxes: str | None = None
+    """File of verdicts of ``python -m extract.review``: its boxes are the true ones, what it rejects is set aside."""
     max_new_tokens: int = 400
     """Longest answer when asked for the box."""
     codec: Literal["none", "zstd", "planes", "int8", "fp8"] = "zstd"

@@ -2,18 +2,20 @@
 
 import multiprocessing
 import os
+import signal
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Self
 
 import google_crc32c
 import polars as pl
 import torch
 
+from extract.boxes import Box
 from extract.omniedit import BadSample, Checks, judged
 from extract.rows import Place, SetAside, Shards
 from extract.sequence import Conditioner, Prepared
@@ -49,6 +51,8 @@ class Kit:
     """By purpose."""
     dtype: torch.dtype = torch.float32
     """Of pixels: the model casts them to its own, so they may as well travel in it."""
+    boxes: Mapping[str, Box | None] = field(default_factory=dict)
+    """Boxes that a person looked at, by sample id; null: rejected."""
 
 
 class Loaders:
@@ -112,6 +116,8 @@ def _begin(kit: Kit) -> None:
     """Set up a loader process: one thread, the kit, and an end when its parent ends, however that happens."""
     global _KIT
     _KIT = kit
+    # Ctrl-C is for the parent, which ends its loaders.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["POLARS_MAX_THREADS"] = "1"
     torch.set_num_threads(1)
     parent = multiprocessing.parent_process()

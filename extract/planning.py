@@ -22,18 +22,20 @@ from extract.loading import Kit, Loaders, crc_of
 from extract.model import identity, load_processor
 from extract.omniedit import DUPLICATE, BadSample, Checks, Sample, judged
 from extract.prompts import GROUND_TEMPLATE, editing_template
+from extract.review.verdicts import boxes_by_id
 from extract.rows import ROWS_AT_ONCE, Place, SetAside, Shards
 from extract.scenes import draw_scene
 from extract.scenes.shards import ScenesConfig, is_unfinished, write_scenes
 from extract.sequence import Conditioner
 from store.errors import Refusal
-from store.plan import KINDS
+from store.plan import KINDS, hash_json
 
 FIRST_LOOK = 64  # scenes from which the size of a store is foretold before they are all drawn
 BYTES_PER_SCENE = 60_000
 
 LONG_PROMPT = "prompt too long"
 NO_BOX = "no box"
+REJECTED = "rejected by a person"
 SAMPLE_SCHEMA = {
     "sample_id": pl.String,
     "task": pl.String,
@@ -125,7 +127,8 @@ class Planner:
     def kit(self) -> Kit:
         """What loaders need."""
         conditioners = {"edit": self.conditioner} | ({"ground": self.grounder} if self.config.vlm_boxes else {})
-        return Kit(checks_of(self.config), conditioners, getattr(torch, self.config.dtype))
+        boxes = {} if self.config.boxes is None else boxes_by_id(self.config.boxes)
+        return Kit(checks_of(self.config), conditioners, getattr(torch, self.config.dtype), boxes)
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -245,7 +248,10 @@ def judge(
                 n_query = counts.n_query if config.queries == "instruction" else counts.n_text
                 if counts.n_query > config.max_prompt_tokens:
                     raise BadSample(LONG_PROMPT, f"{counts.n_query} tokens")
-                if found.box is None and not config.vlm_boxes:
+                box = kit.boxes.get(found.sample_id, found.box)
+                if box is None and found.sample_id in kit.boxes:
+                    raise BadSample(REJECTED)
+                if box is None and not config.vlm_boxes:
                     raise BadSample(NO_BOX, "the data bring none and --no-vlm-boxes was given")
                 values = (
                     found.sample_id,
@@ -255,7 +261,7 @@ def judge(
                     found.height,
                     *counts[:2],
                     n_query,
-                    *(found.box or (None,) * 4),
+                    *(box or (None,) * 4),
                     split_of(found.sample_id, config.seed, config.held_out),
                     crc_of(found.source),
                     *found.place,
@@ -271,7 +277,8 @@ def selection(config: ExtractConfig) -> dict[str, Any]:
     """What decides which samples a store is planned with; by it, a resumed run knows that it need not plan again."""
     names = ("limit", "prompt", "shuffle", "seed", "min_area", "max_area", "held_out", "max_prompt_tokens")
     asked = {name: getattr(config, name) for name in (*names, "vlm_boxes", "queries")}
-    return asked | {"data": Shards(config.data).fingerprint()}
+    looked_at = None if config.boxes is None else hash_json(boxes_by_id(config.boxes))
+    return asked | {"data": Shards(config.data).fingerprint(), "boxes": looked_at}
 
 
 def reasons_of(set_aside: pl.DataFrame) -> dict[str, int]:
