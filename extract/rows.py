@@ -25,7 +25,8 @@ REQUIRED = ("omni_edit_id", "task", "src_img", "edited_prompt_list")
 NOT_EXTRA = (*REQUIRED, "edited_img", "width", "height", "box")
 
 UNREADABLE_SHARD, UNREADABLE_ROW = "shard cannot be read", "row cannot be read"
-DAMAGE = (pa.ArrowException, OSError, ValueError)  # ValueError: a file name that no file system call takes
+# ValueError: a file name that no system call takes; IndexError: a shard that has fewer row groups than it had.
+DAMAGE = (pa.ArrowException, OSError, ValueError, IndexError)
 
 ROWS_AT_ONCE = 32  # about 50 MB of OmniEdit's pictures
 READ_AHEAD = 1 << 20
@@ -71,6 +72,7 @@ class RowGroup:
         # Buffered, a column is read as far as its pages are decoded. From far, few large reads are quicker.
         shard = pq.ParquetFile(file, buffer_size=READ_AHEAD if near else 0, pre_buffer=not near)
         columns = wanted_columns(shard.schema_arrow, edited)
+        self._rows = shard.metadata.row_group(group).num_rows
         self._ahead = shard.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
         self._starts: list[int] = []
         self._batches: list[pa.RecordBatch] = []
@@ -104,6 +106,8 @@ class RowGroup:
                 self._batches.append(batch)
                 self._sizes.append(batch.get_total_buffer_size())
                 self._done += batch.num_rows
+            if self._done == self._rows:
+                self._ahead = iter(())  # the reader goes, with the file and what it fetched ahead
 
     def cells(self, row: int) -> Iterator[tuple[str, pa.Scalar]]:
         """The columns' names and values of a row in memory."""

@@ -129,6 +129,16 @@ def test_what_decayed_since_planning_is_set_aside_with_the_reason_and_the_rest_g
         assert kept["omni_edit_id"] == "id2"
 
 
+@pytest.mark.parametrize("decay", [vanish, shrink, break_off])
+def test_what_decays_after_its_footer_was_read_is_set_aside_too(tmp_path, decay):
+    path = write(tmp_path / "a.parquet", [row(number) for number in range(9)], row_group_size=3)
+    shards = Shards(tmp_path)
+    list(shards.rows([Place("a.parquet", 0)]))
+    decay(path)
+    (lost,) = shards.rows([Place("a.parquet", 8)])
+    assert (lost.reason, lost.place) == ("shard cannot be read", ("a.parquet", 8))
+
+
 def test_text_that_is_no_utf8_sets_its_row_aside_and_no_other(tmp_path):
     rows = pa.Table.from_pylist([row(number) for number in range(3)])
     tasks = pa.array([b"swap", b"sw\xffap", b"swap"]).view(pa.string())
@@ -180,6 +190,19 @@ def test_a_worker_reads_the_row_groups_of_its_blocks_only_and_each_once(tmp_path
     assert whole > 400 * 20_000
     assert max(halves) < whole / 2 + 2 * group
     assert sum(halves) < whole + 2 * group
+
+
+def test_few_files_are_open_at_a_time_whatever_the_order(tmp_path):
+    opened = Path("/proc/self/fd")
+    if not opened.exists():
+        pytest.skip("this system does not list a process's files")
+    for shard in range(40):
+        write(tmp_path / f"{shard}.parquet", [row(number) for number in range(64)])
+    before = len(list(opened.iterdir()))
+    shards = Shards(tmp_path)
+    for number in (0, 40):  # the first rows leave each shard half read
+        list(shards.rows([Place(f"{shard}.parquet", number) for shard in range(40)]))
+        assert len(list(opened.iterdir())) <= before + 10
 
 
 def test_a_huge_row_group_is_not_held_whole(tmp_path):
