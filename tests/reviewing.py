@@ -21,8 +21,8 @@ from store.synthetic import synthetic_sample
 BOX = ("x1", "y1", "x2", "y2")
 
 
-def make_store(path, data, instructions=(), vlm=(), boxes=(), seed=0, **columns):
-    """A store of the samples of ``data``; lists replace what their first samples bring, None leaves it as it is."""
+def make_store(path, data, instructions=(), vlm=(), boxes=(), seed=0, blocks=None, **columns):
+    """A store of the samples of ``data``; lists replace what their first samples bring (None: nothing)."""
     rows = []
     for number, sample in enumerate(read(data)):
         told = dict(enumerate(instructions)).get(number) or sample.instruction
@@ -38,7 +38,7 @@ def make_store(path, data, instructions=(), vlm=(), boxes=(), seed=0, **columns)
     )
     store.create(path, plan)
     with store.Writer(path) as writer:
-        for b in writer.blocks():
+        for b in writer.blocks() if blocks is None else blocks:
             with writer.block(b) as block:
                 for number in block.samples:
                     said = dict(enumerate(vlm)).get(number) or (None,) * 4

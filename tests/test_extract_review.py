@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 from reviewing import BOX, Review, lines, make_store
@@ -27,7 +27,7 @@ from extract.review.agreement import iou, mean_iou
 from extract.review.config import ReviewConfig
 from extract.review.desk import Desk, Unfit
 from extract.review.pictures import Missing, Pictures
-from extract.review.server import review
+from extract.review.server import chosen_samples, review
 from extract.review.verdicts import Verdict, VerdictLog
 from extract.scenes.shards import ScenesConfig, write_scenes
 from store.errors import Refusal
@@ -200,6 +200,7 @@ coordinates = st.tuples(*[st.floats(0, 100, width=32)] * 4).map(lambda c: (min(c
 one_told = st.tuples(st.integers(0, 11), st.sampled_from(["accepted", "fixed", "rejected", "withdrawn"]), coordinates)
 
 
+@settings(deadline=None)
 @given(st.lists(one_told, max_size=30))
 def test_apply_changes_what_was_told_and_nothing_else(tmp_path_factory, told):
     samples = pl.DataFrame(
@@ -538,6 +539,14 @@ def test_what_cannot_be_reviewed_is_refused(reviewed, scenes, served, tmp_path):
         with pytest.raises(Refusal, match=why):
             review(ReviewConfig(**{"store": str(reviewed), "data": str(scenes)} | options))
     assert not (tmp_path / "v").exists()
+
+
+def test_samples_that_are_not_extracted_yet_are_left_out(scenes, tmp_path, capsys):
+    half = store.open(make_store(tmp_path / "half", scenes, blocks=[0])).samples
+    assert chosen_samples(half, None)["sample_id"].to_list() == half["sample_id"][:8].to_list()
+    assert "2 samples are not extracted yet" in capsys.readouterr().out
+    with pytest.raises(Refusal, match="no sample of the store is extracted yet"):
+        chosen_samples(store.open(make_store(tmp_path / "none", scenes, blocks=[])).samples, "train")
 
 
 def test_a_store_without_sizes_is_refused(tmp_path, scenes):

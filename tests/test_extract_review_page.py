@@ -25,7 +25,7 @@ FLAGS = (
 pytestmark = pytest.mark.skipif(
     not (BROWSER and DRIVER), reason="no chromium with its driver: apt-get install chromium chromium-driver"
 )
-DESKTOP, PHONE = (1280, 800), (390, 844)
+DESKTOP, PHONE, LYING = (1280, 800), (390, 844), (740, 360)
 BOLD = '<b>bold</b><script>window.pwned = 1</script><img src=x onerror="window.pwned = 2"> &amp; &lt;'
 INSTRUCTIONS = [
     None,
@@ -194,7 +194,7 @@ def test_a_key_that_is_held_down_is_one_verdict(open_page):
     assert len(page.verdicts(1)) == 1
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE, (800, 500)])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE, LYING])
 @pytest.mark.parametrize("kind", [POINTER_MOUSE, POINTER_TOUCH])
 def test_a_dragged_corner_is_stored_in_source_pixels_whatever_the_windows_size(open_page, size, kind):
     page = open_page(size)
@@ -368,7 +368,7 @@ def test_a_kill_in_the_middle_loses_nothing_and_the_review_goes_on_after_a_resta
     assert page.verdicts(3)[:2] == kept
 
 
-@pytest.mark.parametrize("size", [DESKTOP, PHONE])
+@pytest.mark.parametrize("size", [DESKTOP, PHONE, LYING])
 @pytest.mark.parametrize("number", [2, 3, 4, 5])
 def test_hostile_instructions_are_shown_as_text_and_push_nothing_off_the_window(open_page, size, number):
     page = open_page(size)

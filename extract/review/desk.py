@@ -74,6 +74,7 @@ class Desk:
             "place": place,
             **{name: row[name] for name in NEEDED},
             "task": row.get("task"),
+            "set_aside": row.get("set_aside"),
             "box": box_before(row),
             "verdict": verdict and {"verdict": verdict.verdict, "box": verdict.box, "reason": verdict.reason},
             "next_left": self.next_left(place),

@@ -180,13 +180,16 @@ def verdicts_path(config: ReviewConfig, path: Path | str) -> Path:
 
 
 def chosen_samples(samples: pl.DataFrame, split: str | None) -> pl.DataFrame:
-    """The rows of a split, all if none is given."""
-    if split is None:
-        return samples
-    chosen = samples.filter(pl.col("split") == split)
+    """The rows of a split, all if none is given, without those that were not extracted yet: their boxes may come."""
+    chosen = samples if split is None else samples.filter(pl.col("split") == split)
     if chosen.is_empty():
         raise Refusal(f"--split {split!r} has no sample; the store has {', '.join(sorted(set(samples['split'])))}")
-    return chosen
+    done = chosen.filter(pl.col("valid") | pl.col("set_aside").is_not_null())
+    if done.is_empty():
+        raise Refusal("no sample of the store is extracted yet; review it when `python -m extract` has filled it")
+    if len(done) < len(chosen):
+        print(f"{len(chosen) - len(done)} samples are not extracted yet and left out of this review")
+    return done
 
 
 def review(config: ReviewConfig) -> None:

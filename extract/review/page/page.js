@@ -134,11 +134,13 @@ function render() {
     `${done} of ${progress.total}: ✓ ${progress.accepted} accepted, ✎ ${progress.fixed} fixed, ` +
     `✕ ${progress.rejected} rejected`;
   $("number").textContent = sample ? `${sample.place + 1}.` : "";
-  $("which").textContent = sample ? `${sample.sample_id}${sample.task ? `, ${sample.task}` : ""}` : "";
+  const aside = sample?.set_aside && `set aside by the extraction: ${sample.set_aside}`;
+  $("which").textContent = sample ? [sample.sample_id, sample.task, aside].filter(Boolean).join(", ") : "";
   const verdict = sample?.verdict;
   $("held").textContent = verdict
     ? `${MARKS[verdict.verdict]}${verdict.reason ? `: ${verdict.reason}` : ""}`
-    : sample && shown && !sample.box && !box ? "no box yet: drag on the picture to draw it" : "";
+    : sample && shown && !sample.box && !box ? "no box yet: drag to draw one" : "";
+  $("about").title = $("about").innerText; // it may be cut
   $("accept-text").textContent = !sample ? "Go on" : changed() ? "✎ Keep the fix" : "✓ Accept";
   $("accept").disabled = busy || (sample ? !shown || !box : !ended || !progress.left);
   $("reject").disabled = busy || !sample;
