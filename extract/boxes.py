@@ -9,9 +9,8 @@ from PIL import Image
 from torch import nn
 from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
 
+from extract.families import Box, Frame
 from extract.sequence import Conditioner
-
-Box = tuple[float, float, float, float]
 
 # Digits are bounded: a model that rambles writes numbers that no float holds.
 _NUMBER = r"\s*(-?\d{1,9}(?:\.\d{0,9})?)\s*"
@@ -27,15 +26,17 @@ class Answer:
     box: Box | None
 
 
-def parse_box(text: str, resized_size: tuple[int, int], source_size: tuple[int, int]) -> Box | None:
+def parse_box(text: str, frame: Frame, source_size: tuple[int, int]) -> Box | None:
     """The box in ``text`` as ``xyxy`` in pixels of the source picture, ordered and inside it.
 
     Parameters
     ----------
     text
         The model's answer. The first four numbers named ``bbox_2d`` count, else the last list of four.
-    resized_size, source_size
-        ``(width, height)`` of the picture the model saw, in whose pixels Qwen2.5-VL speaks, and of the source.
+    frame
+        The numbers in which the model speaks (`Conditioner.frame`).
+    source_size
+        ``(width, height)`` of the source picture.
 
     Returns
     -------
@@ -48,12 +49,14 @@ def parse_box(text: str, resized_size: tuple[int, int], source_size: tuple[int, 
         return None
     x1, y1, x2, y2 = map(float, lists[-1])
 
-    def side(first: float, second: float, resized: int, source: int) -> tuple[float, float]:
-        low, high = (min(max(value * source / resized, 0.0), float(source)) for value in sorted((first, second)))
+    def side(first: float, second: float, axis: int) -> tuple[float, float]:
+        start, end, source = frame.view[axis], frame.view[axis + 2], float(source_size[axis])
+        scale = (end - start) / frame.extent[axis]
+        low, high = (min(max(start + value * scale, 0.0), source) for value in sorted((first, second)))
         return low, high
 
-    left, right = side(x1, x2, resized_size[0], source_size[0])
-    top, bottom = side(y1, y2, resized_size[1], source_size[1])
+    left, right = side(x1, x2, 0)
+    top, bottom = side(y1, y2, 1)
     return left, top, right, bottom
 
 
@@ -81,7 +84,7 @@ def generate(
     Parameters
     ----------
     model
-        A ``Qwen2_5_VLForConditionalGeneration`` in evaluation mode.
+        The model, with its head, in evaluation mode.
     conditioner
         Around the prompt to answer, with ``model``. Decoding always uses the model's own 3-D positions.
     samples
@@ -126,14 +129,13 @@ def generate_boxes(
     texts = generate(model, conditioner, samples, max_new_tokens, _NAMED)
     sizes = [picture.size for picture, _ in samples]
     return [
-        Answer(text, parse_box(text, conditioner.resized_size(*size), size))
-        for text, size in zip(texts, sizes, strict=True)
+        Answer(text, parse_box(text, conditioner.frame(*size), size)) for text, size in zip(texts, sizes, strict=True)
     ]
 
 
 def greedy(tokenizer, max_new_tokens: int) -> GenerationConfig:
     """Plain greedy decoding up to the end of the turn."""
-    ends = {tokenizer.convert_tokens_to_ids("<|im_end|>"), tokenizer.eos_token_id}
+    ends = {tokenizer.get_added_vocab().get("<|im_end|>", tokenizer.eos_token_id), tokenizer.eos_token_id}
     return GenerationConfig(
         max_new_tokens=max_new_tokens,
         do_sample=False,

@@ -10,9 +10,10 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from extract.config import POCKET, ExtractConfig
+from extract.families import FAMILIES, family_of
 from extract.pocket.build import WEIGHTS
 from store.errors import Refusal
 
@@ -27,7 +28,7 @@ def find_checkpoint(model: str, revision: str | None = None) -> Path:
     Raises
     ------
     Refusal
-        It is none of these, or holds no Qwen2.5-VL in safetensors.
+        It is none of these, of a family that is not known here, or not in safetensors.
     """
     folder = WEIGHTS if model == POCKET else Path(model).expanduser()
     if not folder.is_dir():
@@ -42,29 +43,32 @@ def find_checkpoint(model: str, revision: str | None = None) -> Path:
         kind = AutoConfig.from_pretrained(folder).model_type
     except (OSError, ValueError) as error:
         raise Refusal(f"--model {model!r}: {folder} has no config.json that transformers reads") from error
-    if kind != "qwen2_5_vl":
-        raise Refusal(f"--model {model!r} is a {kind}; this version extracts from Qwen2.5-VL (qwen2_5_vl)")
+    if kind not in FAMILIES:
+        raise Refusal(f"--model {model!r} is a {kind!r}; this version extracts from {', '.join(FAMILIES)}")
     if not any(folder.glob("*.safetensors")):
         raise Refusal(f"--model {model!r}: {folder} holds no *.safetensors (pickled weights are never read)")
     return folder
 
 
-def load_processor(folder: Path, max_pixels: int | None = None) -> Qwen2_5_VLProcessor:
-    """The checkpoint's processor, shrinking pictures to ``max_pixels`` where that is given."""
-    processor = Qwen2_5_VLProcessor.from_pretrained(folder)
+def load_processor(folder: Path, max_pixels: int | None = None) -> ProcessorMixin:
+    """The checkpoint's processor, shrinking pictures to ``max_pixels`` where that is given.
+
+    Raises
+    ------
+    Refusal
+        The family cannot shrink pictures to that area.
+    """
+    family = family_of(AutoConfig.from_pretrained(folder))
+    processor = family.processor_class.from_pretrained(folder)
     if max_pixels is not None:
-        size = dict(processor.image_processor.size)
-        processor.image_processor.size = size | {
-            "longest_edge": max_pixels,
-            "shortest_edge": min(size["shortest_edge"], max_pixels),
-        }
+        family.shrink(processor, max_pixels)
     return processor
 
 
-def load_model(folder: Path, device: torch.device) -> Qwen2_5_VLForConditionalGeneration:
+def load_model(folder: Path, device: torch.device) -> PreTrainedModel:
     """The checkpoint in bfloat16 on ``device``, in evaluation mode."""
     transformers.utils.logging.disable_progress_bar()
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    model = family_of(AutoConfig.from_pretrained(folder)).model_class.from_pretrained(
         folder, dtype=torch.bfloat16, attn_implementation=ATTENTION_KERNEL, use_safetensors=True
     )
     return model.to(device).eval()
@@ -80,9 +84,10 @@ def file_hash(path: Path) -> str:
 def identity(folder: Path, processor, template: str, config: ExtractConfig, device: torch.device) -> dict:
     """Everything that determines the bytes of the states, JSON-able; two stores of one identity may be joined."""
     image = processor.image_processor
-    settings = ("size", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")
-    described = {name: getattr(image, name) for name in settings}
-    described["size"] = {edge: int(described["size"][edge]) for edge in ("shortest_edge", "longest_edge")}
+    described = {name: getattr(image, name) for name in family_of(AutoConfig.from_pretrained(folder)).settings}
+    for name in ("size", "crop_size"):
+        if name in described:
+            described[name] = {edge: int(value) for edge, value in dict(described[name]).items() if value is not None}
     names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
     return {
         "model": config.model if config.model == POCKET or not Path(config.model).exists() else Path(config.model).name,

@@ -14,6 +14,7 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen
 import extract.pocket.train as training
 import store
 from extract.boxes import parse_box
+from extract.families import Frame
 from extract.config import POCKET, PRESETS
 from extract.model import load_model, load_processor
 from extract.pocket.build import SPECIAL_TOKENS, WEIGHTS, build_config
@@ -126,7 +127,7 @@ def test_answers_are_boxes_of_the_resized_picture(processor, lesson):
     height, width = (int(v) * 14 for v in lesson.grid[0, 1:])
     for (row, column), truth in zip(batch.prompt_ends.tolist(), batch.branch_boxes, strict=True):
         said = tokenizer.decode(batch.tokens[row, column + 1 : column + 40]).split("<|im_end|>")[0]
-        box = parse_box(said, (width, height), (1, 1))
+        box = parse_box(said, Frame((width, height), (0, 0, 1, 1)), (1, 1))
         assert box_iou(torch.tensor([box]), truth[None]).item() > 0.8
 
 
