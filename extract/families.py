@@ -154,6 +154,7 @@ class _Qwen(Family):
     settings = ("size", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")
 
     def shrink(self, processor, max_pixels: int) -> None:
+        """The processor's own largest area."""
         size = dict(processor.image_processor.size)
         processor.image_processor.size = size | {
             "longest_edge": max_pixels,
@@ -168,6 +169,7 @@ class _Qwen(Family):
         return size[1], size[0]
 
     def regions(self, processor, width: int, height: int) -> Regions:
+        """One grid over the picture."""
         factor = processor.image_processor.patch_size * processor.image_processor.merge_size
         cols, rows = (side // factor for side in self.resized(processor, width, height))
         return raster(rows, cols, (0, 0, width, height), width, height)
@@ -181,6 +183,7 @@ class Qwen25VL(_Qwen):
     speaks = "pixels"
 
     def frame(self, processor, width: int, height: int) -> Frame:
+        """Pixels of the resized picture."""
         return Frame(self.resized(processor, width, height), (0, 0, width, height))
 
 
@@ -197,6 +200,7 @@ class Qwen3VL(_Qwen):
     speaks = "thousandths"
 
     def frame(self, processor, width: int, height: int) -> Frame:
+        """Thousandths of the picture."""
         return Frame((1000, 1000), (0, 0, width, height))
 
     def _further(self, features, image_mask: torch.Tensor) -> dict:
@@ -219,12 +223,15 @@ class Llava(Family):
     settings = ("size", "crop_size", "do_center_crop", "do_pad", "image_mean", "image_std", "resample")
 
     def chat(self, system: str) -> str:
+        """Vicuna's chat text."""
         return f"{system} USER: {self.image}{{}} ASSISTANT:"
 
     def shrink(self, processor, max_pixels: int) -> None:
+        """Refused: every picture takes one square."""
         raise Refusal(f"--max-pixels {max_pixels}: a llava always sees a square of one size; leave it away")
 
     def frame(self, processor, width: int, height: int) -> Frame:
+        """Shares of the square that is shown: beyond the picture where it is padded, within it where it is cropped."""
         image = processor.image_processor
         side = max(width, height) if image.do_pad else None
         canvas_w, canvas_h = (side, side) if side else (width, height)
@@ -241,6 +248,7 @@ class Llava(Family):
         return Frame((1, 1), (left, top, left + seen_w * scale_x, top + seen_h * scale_y))
 
     def regions(self, processor, width: int, height: int) -> Regions:
+        """One grid over the square."""
         image = processor.image_processor
         seen = image.crop_size if image.do_center_crop else image.size
         rows, cols = seen["height"] // processor.patch_size, seen["width"] // processor.patch_size
@@ -262,6 +270,7 @@ class InternVL(Family):
     settings = ("size", "min_patches", "max_patches", "image_mean", "image_std", "resample")
 
     def shrink(self, processor, max_pixels: int) -> None:
+        """As few tiles as fit into that area."""
         image = processor.image_processor
         tile = image.size["height"] * image.size["width"]
         if max_pixels < tile * image.min_patches:
@@ -269,9 +278,11 @@ class InternVL(Family):
         image.max_patches = min(image.max_patches, max_pixels // tile)
 
     def frame(self, processor, width: int, height: int) -> Frame:
+        """Thousandths of the picture."""
         return Frame((1000, 1000), (0, 0, width, height))
 
     def regions(self, processor, width: int, height: int) -> Regions:
+        """Tile after tile, then the thumbnail where there is more than one tile."""
         image = processor.image_processor
         tile = image.size["height"], image.size["width"]
         across, down = get_optimal_tiled_canvas((height, width), tile, image.min_patches, image.max_patches)
@@ -290,6 +301,7 @@ class InternVL(Family):
         )
 
     def pixels(self, processor, picture: Image.Image) -> dict[str, torch.Tensor]:
+        """The tiles ``[n, 3, h, w]`` and the thumbnail."""
         # Tiling is the processor's default, not its image processor's.
         given = processor.image_processor(images=[picture], crop_to_patches=True, return_tensors="pt")
         return {"pixel_values": given["pixel_values"]}

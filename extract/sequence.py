@@ -172,17 +172,22 @@ class Conditioner:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_skeleton": None}
 
+    def _handed(self, width: int, height: int) -> tuple[int, int]:
+        """``(width, height)`` at which the processor gets a picture of this size."""
+        return (width, height) if self.editor is None else self.editor.resized(width, height)
+
     def regions(self, width: int, height: int) -> Regions:
-        """Where each image token of a picture of this size stands, in its pixels."""
-        if self.editor is None:
-            return self.family.regions(self.processor, width, height)
-        resized = self.editor.resized(width, height)
-        row, col, box = self.family.regions(self.processor, *resized)
-        return Regions(row, col, box * np.array([width / resized[0], height / resized[1]] * 2))
+        """Where each image token of a picture of this size stands, in pixels of it."""
+        handed = self._handed(width, height)
+        row, col, box = self.family.regions(self.processor, *handed)
+        return Regions(row, col, box * ([width / handed[0], height / handed[1]] * 2))
 
     def frame(self, width: int, height: int) -> Frame:
-        """The numbers in which the model speaks of places in a picture of this size (of a picture not resized first)."""
-        return self.family.frame(self.processor, width, height)
+        """The numbers in which the model speaks of places in a picture of this size."""
+        handed = self._handed(width, height)
+        extent, view = self.family.frame(self.processor, *handed)
+        scale = width / handed[0], height / handed[1]
+        return Frame(extent, tuple(edge * scale[axis % 2] for axis, edge in enumerate(view)))
 
     def encode(self, instruction: str) -> Encoded:
         """The tokens of the whole text around ``instruction``, and which of them are its own.

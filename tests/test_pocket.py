@@ -14,8 +14,8 @@ from transformers import AutoProcessor, Qwen2_5_VLForConditionalGeneration, Qwen
 import extract.pocket.train as training
 import store
 from extract.boxes import parse_box
-from extract.families import Frame
 from extract.config import POCKET, PRESETS
+from extract.families import Frame
 from extract.model import load_model, load_processor
 from extract.pocket.build import SPECIAL_TOKENS, WEIGHTS, build_config
 from extract.pocket.evaluate import ask, fresh_scenes, score, score_descriptions, wilson
