@@ -15,6 +15,7 @@ from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 from extract.config import POCKET, ExtractConfig
 from extract.families import FAMILIES, family_of
 from extract.pocket.build import WEIGHTS
+from extract.sequence import Conditioner
 from store.errors import Refusal
 
 ATTENTION_KERNEL = "sdpa"
@@ -81,10 +82,11 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def identity(folder: Path, processor, template: str, config: ExtractConfig, device: torch.device) -> dict:
+def identity(folder: Path, conditioner: Conditioner, config: ExtractConfig, device: torch.device) -> dict:
     """Everything that determines the bytes of the states, JSON-able; two stores of one identity may be joined."""
-    image = processor.image_processor
-    described = {name: getattr(image, name) for name in family_of(AutoConfig.from_pretrained(folder)).settings}
+    editor = conditioner.editor
+    image = conditioner.processor.image_processor
+    described = {name: getattr(image, name) for name in conditioner.family.settings}
     for name in ("size", "crop_size"):
         if name in described:
             described[name] = {edge: int(value) for edge, value in dict(described[name]).items() if value is not None}
@@ -95,13 +97,15 @@ def identity(folder: Path, processor, template: str, config: ExtractConfig, devi
         "weights": {name: file_hash(folder / name) for name in names},
         "tokenizer": file_hash(folder / "tokenizer.json"),
         "processor": json.loads(json.dumps(described, default=lambda v: list(v) if isinstance(v, tuple) else str(v))),
-        "template": template,
-        "positions": config.positions,
+        "conditioning": "native" if editor is None else editor.name,
+        "template": conditioner.template,
+        "positions": conditioner.positions,
         "attention_kernel": ATTENTION_KERNEL,
         "dtype": "bfloat16",
         "device": device.type,
         # Padding and the split of work over threads change the last bit of a sum.
         "batch_size": config.batch_size,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "libraries": {name: version(name) for name in LIBRARIES},
+        # An editor's way with the picture is diffusers'.
+        "libraries": {name: version(name) for name in (*LIBRARIES, *(["diffusers"] if editor else []))},
     }

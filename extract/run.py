@@ -135,7 +135,7 @@ class Planner:
             layers=layers,
             width=text.hidden_size,
             samples=samples,
-            identity=identity(self.folder, self.processor, editing_template(), config, self.device),
+            identity=identity(self.folder, self.conditioner, config, self.device),
             kinds=("image", "text") if config.tokens == "all" else ("text",),
             attention=("text_to_image", "text_to_text") if rows else (),
             attention_layers=tuple(name for name in layers if name.isdecimal()) if rows else (),

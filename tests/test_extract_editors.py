@@ -14,7 +14,9 @@ from transformers import Qwen2_5_VLProcessor, Qwen2VLImageProcessor
 
 import extract.editors as editors
 from extract.capture import single_pass
+from extract.config import ExtractConfig
 from extract.editors import OPENING, PIPELINES, Editor
+from extract.model import identity
 from extract.pocket.build import train_tokenizer
 from extract.sequence import Conditioner, conditioner_for
 from store.errors import Refusal
@@ -178,6 +180,20 @@ def test_native_keeps_the_pictures_own_size_and_the_opening_of_the_turn(processo
     assert edit.drop == native.drop + opening
     by_hand = Conditioner(processor, edit.template, "mrope", model.config)
     assert native.prepare(picture_of(90, 120), "go").ids.equal(by_hand.prepare(picture_of(90, 120), "go").ids)
+
+
+def test_stores_of_other_conditioning_have_other_identities(processor, model, tmp_path):
+    model.config.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    named = [
+        identity(
+            tmp_path, conditioner_for(processor, model.config, name, "mrope"), ExtractConfig(), torch.device("cpu")
+        )
+        for name in ("native", *PIPELINES)
+    ]
+    assert [one["conditioning"] for one in named] == ["native", *PIPELINES]
+    assert named[0]["template"] == named[1]["template"]  # so that the name is needed
+    assert ["diffusers" in one["libraries"] for one in named] == [False, True, True]
 
 
 @both

@@ -335,7 +335,7 @@ def test_a_checkpoint_is_found_loaded_and_named(name, tmp_path):
     conditioner = conditioner_for(processor, model.config, "native", FAMILIES[name].own_positions)
     for key, tensor in conditioner_of(name).batch(SAMPLES).inputs.items():
         assert conditioner.batch(SAMPLES).inputs[key].equal(tensor), key
-    named = identity(tmp_path, processor, conditioner.template, ExtractConfig(), torch.device("cpu"))
+    named = identity(tmp_path, conditioner, ExtractConfig(), torch.device("cpu"))
     assert json.loads(json.dumps(named)) == named
     assert set(named["processor"]) == set(FAMILIES[name].settings)
 
