@@ -15,7 +15,7 @@ def measure(pocket: Pocket, turns: Turns) -> list[Row]:
     model, layers = pocket.extractor.model, pocket.plan.layers
     batch = max(pocket.batches(), key=lambda one: one.inputs["input_ids"].numel())
     inputs, asked = batch.inputs, batch.query_mask
-    states = embed(model, inputs)
+    states, _ = embed(model, inputs)
     decoder = model.model.language_model
     eager = copy.deepcopy(decoder)
     eager.config._attn_implementation = "eager"

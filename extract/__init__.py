@@ -13,6 +13,8 @@ The way through
 ``omniedit``    rows of OmniEdit's columns as samples; a bad row is set aside with its reason
 ``planning``    one pass over the data without the model: which samples, how many tokens each
 ``prompts``     the editing template (the installed diffusers' own) and the grounding one
+``families``    what differs between Qwen2.5-VL, Qwen3-VL, LLaVA-1.5 and InternVL-3.5
+``editors``     how the image editors handle picture and prompt, asked of the installed diffusers
 ``sequence``    (picture, instruction) → model inputs, positions, and the table that says what each token is
 ``capture``     one pass: hidden states by layer name, attention rows beside SDPA attention
 ``decoding``    the model asked to speak: greedy answers of a batch, each as long as it need be

@@ -11,9 +11,9 @@ from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from extract.decoding import Said, ask
+from extract.families import Box, Frame
 from extract.sequence import Conditioner, Prepared
 
-Box = tuple[float, float, float, float]
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 KEPT_CHARACTERS = 500  # of an answer, beside its sample
 
@@ -55,15 +55,17 @@ class Answer:
         return dict(zip(BOX_COLUMNS, self.box or (None,) * 4, strict=True)) | said
 
 
-def parse_box(text: str, resized_size: tuple[int, int], source_size: tuple[int, int]) -> Box | None:
+def parse_box(text: str, frame: Frame, source_size: tuple[int, int]) -> Box | None:
     """The box in ``text`` as ``xyxy`` in pixels of the source picture, ordered and inside it.
 
     Parameters
     ----------
     text
         The model's answer. The first four numbers named ``bbox_2d`` count, else the last list of four.
-    resized_size, source_size
-        ``(width, height)`` of the picture the model saw, in whose pixels Qwen2.5-VL speaks, and of the source.
+    frame
+        The numbers in which the model speaks (`Conditioner.frame`).
+    source_size
+        ``(width, height)`` of the source picture.
 
     Returns
     -------
@@ -76,12 +78,14 @@ def parse_box(text: str, resized_size: tuple[int, int], source_size: tuple[int, 
         return None
     x1, y1, x2, y2 = map(float, lists[-1])
 
-    def side(first: float, second: float, resized: int, source: int) -> tuple[float, float]:
-        low, high = (min(max(value * source / resized, 0.0), float(source)) for value in sorted((first, second)))
+    def side(first: float, second: float, axis: int) -> tuple[float, float]:
+        start, end, source = frame.view[axis], frame.view[axis + 2], float(source_size[axis])
+        scale = (end - start) / frame.extent[axis]
+        low, high = (min(max(start + value * scale, 0.0), source) for value in sorted((first, second)))
         return low, high
 
-    left, right = side(x1, x2, resized_size[0], source_size[0])
-    top, bottom = side(y1, y2, resized_size[1], source_size[1])
+    left, right = side(x1, x2, 0)
+    top, bottom = side(y1, y2, 1)
     return left, top, right, bottom
 
 
@@ -106,7 +110,7 @@ def ask_boxes(
     batch = conditioner.collate(prepared, padding_side="left").to(model.device)
     said = ask(model, batch, conditioner.tokenizer, max_new_tokens, _NAMED, features)
     sizes = [one.source_size for one in prepared]
-    return [read_answer(one, conditioner.resized_size(*size), size) for one, size in zip(said, sizes, strict=True)]
+    return [read_answer(one, conditioner.frame(*size), size) for one, size in zip(said, sizes, strict=True)]
 
 
 def generate_boxes(
@@ -119,9 +123,9 @@ def generate_boxes(
     return ask_boxes(model, [conditioner.prepare(*sample) for sample in samples], conditioner, max_new_tokens)
 
 
-def read_answer(said: Said, resized_size: tuple[int, int], source_size: tuple[int, int]) -> Answer:
-    """What was said as a box, or as the problem with it; sizes as in `parse_box`."""
-    box = parse_box(said.text, resized_size, source_size)
+def read_answer(said: Said, frame: Frame, source_size: tuple[int, int]) -> Answer:
+    """What was said as a box, or as the problem with it; ``frame`` and size as in `parse_box`."""
+    box = parse_box(said.text, frame, source_size)
     if box is None:
         problem = Problem.NO_NUMBERS if said.finished else Problem.UNFINISHED
     else:

@@ -19,6 +19,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from extract.families import family_of
+
 EMBED, FINAL = "embed", "final"
 KERNEL = "sdpa_with_rows"
 
@@ -117,14 +119,12 @@ def layer_names(model: nn.Module) -> list[str]:
     return [EMBED, *map(str, range(len(_core(model).language_model.layers))), FINAL]
 
 
-def embed(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> torch.Tensor:
-    """The decoder's input ``[b, t, d]``: token embeddings, with the vision tower's output at the image tokens."""
+def embed(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+    """The decoder's input ``[b, t, d]`` (token embeddings, with the vision tower's output at the image tokens), and
+    what else the decoder has to be given by keyword (`Family.embed`: Qwen3-VL's DeepStack features).
+    """
     core = _core(model)
-    states = core.get_input_embeddings()(inputs["input_ids"])
-    features = core.get_image_features(inputs["pixel_values"], inputs["image_grid_thw"], return_dict=True)
-    image = torch.cat(list(features.pooler_output)).to(states.device, states.dtype)
-    mask, _ = core.get_placeholder_mask(inputs["input_ids"], inputs_embeds=states, image_features=image)
-    return states.masked_scatter(mask, image)
+    return family_of(core.config).embed(core, inputs)
 
 
 @torch.no_grad()
@@ -176,7 +176,7 @@ def single_pass(
     if not kept and not row_names:
         raise ValueError("no layer is wanted")
 
-    states = embed(model, inputs) if inputs_embeds is None else inputs_embeds
+    states, further = embed(model, inputs) if inputs_embeds is None else (inputs_embeds, {})
     hidden = states.new_empty(len(kept), *(states.shape if keep is None else (len(keep), states.shape[2])))
     places = {name: [place for place, other in enumerate(kept) if other == name] for name in kept}
 
@@ -200,6 +200,7 @@ def single_pass(
                     attention_mask=inputs["attention_mask"],
                     position_ids=inputs["position_ids"],
                     use_cache=False,
+                    **further,
                     **({"rows": recorder} if recorder else {}),
                 )
                 hold(FINAL, output.last_hidden_state)
@@ -214,7 +215,7 @@ def single_pass(
 
 def _core(model: nn.Module) -> nn.Module:
     """The model without its language-model head."""
-    return model if hasattr(model, "language_model") and hasattr(model, "visual") else model.model
+    return model.base_model
 
 
 def _recorder(rows: str, query_mask: torch.Tensor | None, blocks: tuple[int, ...]) -> RowRecorder:

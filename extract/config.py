@@ -24,7 +24,8 @@ class ExtractConfig:
     preset: Literal["auto", "pocket", "paper"] = "auto"
     """Where the other options' defaults come from; auto: paper on a machine with CUDA, pocket elsewhere."""
     model: str = POCKET
-    """A folder with a Qwen2.5-VL checkpoint in safetensors, a hub id, or ``pocket`` for the one shipped here."""
+    """A folder with a checkpoint in safetensors (Qwen2.5-VL, Qwen3-VL, LLaVA-1.5 or InternVL-3.5), a hub id, or
+    ``pocket`` for the one shipped here."""
     revision: str | None = None
     """Revision of the hub id."""
     data: str = "data/scenes"
@@ -61,8 +62,13 @@ class ExtractConfig:
     """Whose rows: the instruction's tokens, or all kept tokens but the picture's."""
     keys: Literal["all", "image", "text"] = "all"
     """What the rows look at: all kept tokens, the picture's, or all others."""
-    positions: Literal["mrope", "sequential"] = "mrope"
-    """Position ids: the model's 3-D ones, or 0 … t-1 (what a caller gets who forgets ``mm_token_type_ids``)."""
+    conditioning: Literal["native", "edit", "edit-plus"] = "native"
+    """The prompt around the instruction, and the picture's size. edit: as Qwen-Image-Edit conditions (1024² area),
+    edit-plus: as its Plus, 2509 and 2511 do (384² area), both taken from the installed diffusers; native: the editing
+    prompt in the model's own chat format, the picture as the checkpoint's processor sizes it."""
+    positions: Literal["mrope", "sequential"] | None = None
+    """Position ids: 3-D ones, or 0 … t-1 (what a caller of Qwen2.5-VL gets who forgets ``mm_token_type_ids``, as
+    diffusers' editing pipelines do); by default those that the model was trained with."""
     max_prompt_tokens: int = 512
     """Longest instruction in tokens; every sample is laid out as wide as the longest, so an endless one costs all."""
     max_pixels: int | None = None
@@ -124,7 +130,7 @@ PRESETS: dict[str, ExtractConfig] = {
         limit=128_000,
         shuffle=True,
         tokens="text",
-        max_pixels=1024 * 1024,
+        conditioning="edit",
         batch_size=8,
     ),
 }

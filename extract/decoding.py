@@ -90,9 +90,11 @@ def ask(
         inputs["mm_encoder_outputs"] = {"image": features}
     length = mask.shape[1]
     mask_bt = pad(mask, (0, max_new_tokens), value=1)
-    positions_abt = inputs["position_ids"]
+    flat = inputs["position_ids"].ndim == 2  # of families with one axis of positions
+    positions_abt = inputs["position_ids"][None] if flat else inputs["position_ids"]
     last_ab1 = positions_abt.amax((0, 2))[:, None].expand(*positions_abt.shape[:2], 1)
-    ends = {tokenizer.convert_tokens_to_ids(END_OF_TURN), tokenizer.eos_token_id}
+    # Not every family's turns end with a token of their own.
+    ends = {tokenizer.get_added_vocab().get(END_OF_TURN, tokenizer.eos_token_id), tokenizer.eos_token_id}
     answers = [_Speech(tokenizer, ends, complete) for _ in range(len(mask))]
     speaking = answers  # the rows of the tensors, some of them finished
     closes = cache(lambda token_id: any(bracket in tokenizer.decode([token_id]) for bracket in CLOSING))
@@ -114,7 +116,7 @@ def ask(
         output = model(
             input_ids=ids_b[:, None],
             attention_mask=mask_bt[:, : length + step],
-            position_ids=last_ab1 + step,
+            position_ids=(last_ab1[0] if flat else last_ab1) + step,
             past_key_values=output.past_key_values,
             use_cache=True,
         )

@@ -17,16 +17,16 @@ import polars as pl
 import torch
 from torch import nn
 from tqdm import tqdm
+from transformers import AutoConfig
 
 from extract.boxes import BOX_COLUMNS, count_problems, generate_boxes
 from extract.config import POCKET, ExtractConfig
 from extract.model import find_checkpoint, identity, load_model, load_processor
 from extract.omniedit import BadSample, Sample, decode, read
 from extract.planning import LONG_PROMPT
-from extract.prompts import GROUND_TEMPLATE
 from extract.rows import SetAside, Shards
 from extract.scoring import centre_boxes, score_boxes
-from extract.sequence import Conditioner
+from extract.sequence import Conditioner, conditioner_for
 from store.commandline import run
 from store.errors import Refusal
 from store.places import as_refusal
@@ -195,7 +195,7 @@ class Grounder:
     @cached_property
     def conditioner(self) -> Conditioner:
         """Around the prompt that asks for a box."""
-        return Conditioner(self.processor, GROUND_TEMPLATE, "mrope", self.model.config)
+        return conditioner_for(self.processor, AutoConfig.from_pretrained(self.folder), "ground", "sequential")
 
     @cached_property
     def model(self) -> nn.Module:
@@ -207,7 +207,7 @@ class Grounder:
         config = self.config
         same = {name: getattr(config, name) for name in ("model", "revision", "batch_size", "max_pixels")}
         decided = ("max_new_tokens", "max_prompt_tokens", "part_samples", "prompt", "shuffle", "seed")
-        made = identity(self.folder, self.processor, GROUND_TEMPLATE, ExtractConfig(**same), self.device)
+        made = identity(self.folder, self.conditioner, ExtractConfig(**same), self.device)
         return made | {name: getattr(config, name) for name in decided}
 
     def ask(self, samples: Sequence[Sample], bar: tqdm) -> list[dict[str, Any]]:

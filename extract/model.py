@@ -10,10 +10,12 @@ import torch
 import transformers
 from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-from transformers import AutoConfig, Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor
+from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
 from extract.config import POCKET, ExtractConfig
+from extract.families import FAMILIES, family_of
 from extract.pocket.build import WEIGHTS
+from extract.sequence import Conditioner
 from store.errors import Refusal
 
 ATTENTION_KERNEL = "sdpa"
@@ -27,7 +29,7 @@ def find_checkpoint(model: str, revision: str | None = None) -> Path:
     Raises
     ------
     Refusal
-        It is none of these, or holds no Qwen2.5-VL in safetensors.
+        It is none of these, of a family that is not known here, or not in safetensors.
     """
     folder = WEIGHTS if model == POCKET else Path(model).expanduser()
     if not folder.is_dir():
@@ -42,31 +44,32 @@ def find_checkpoint(model: str, revision: str | None = None) -> Path:
         kind = AutoConfig.from_pretrained(folder).model_type
     except (OSError, ValueError) as error:
         raise Refusal(f"--model {model!r}: {folder} has no config.json that transformers reads") from error
-    if kind != "qwen2_5_vl":
-        raise Refusal(f"--model {model!r} is a {kind}; this version extracts from Qwen2.5-VL (qwen2_5_vl)")
+    if kind not in FAMILIES:
+        raise Refusal(f"--model {model!r} is a {kind!r}; this version extracts from {', '.join(FAMILIES)}")
     if not any(folder.glob("*.safetensors")):
         raise Refusal(f"--model {model!r}: {folder} holds no *.safetensors (pickled weights are never read)")
     return folder
 
 
-def load_processor(folder: Path, max_pixels: int | None = None) -> Qwen2_5_VLProcessor:
-    """The checkpoint's processor, shrinking pictures to ``max_pixels`` where that is given."""
-    processor = Qwen2_5_VLProcessor.from_pretrained(folder)
+def load_processor(folder: Path, max_pixels: int | None = None) -> ProcessorMixin:
+    """The checkpoint's processor, shrinking pictures to ``max_pixels`` where that is given.
+
+    Raises
+    ------
+    Refusal
+        The family cannot shrink pictures to that area.
+    """
+    family = family_of(AutoConfig.from_pretrained(folder))
+    processor = family.processor_class.from_pretrained(folder)
     if max_pixels is not None:
-        size = dict(processor.image_processor.size)
-        processor.image_processor.size = size | {
-            "longest_edge": max_pixels,
-            "shortest_edge": min(size["shortest_edge"], max_pixels),
-        }
+        family.shrink(processor, max_pixels)
     return processor
 
 
-def load_model(
-    folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16
-) -> Qwen2_5_VLForConditionalGeneration:
+def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> PreTrainedModel:
     """The checkpoint in ``dtype`` on ``device``, in evaluation mode."""
     transformers.utils.logging.disable_progress_bar()
-    model = Qwen2_5_VLForConditionalGeneration.from_pretrained(
+    model = family_of(AutoConfig.from_pretrained(folder)).model_class.from_pretrained(
         folder, dtype=dtype, attn_implementation=ATTENTION_KERNEL, use_safetensors=True
     )
     return model.to(device).eval()
@@ -79,12 +82,14 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def identity(folder: Path, processor, template: str, config: ExtractConfig, device: torch.device) -> dict:
+def identity(folder: Path, conditioner: Conditioner, config: ExtractConfig, device: torch.device) -> dict:
     """Everything that determines the bytes of the states, JSON-able; two stores of one identity may be joined."""
-    image = processor.image_processor
-    settings = ("size", "patch_size", "temporal_patch_size", "merge_size", "image_mean", "image_std", "resample")
-    described = {name: getattr(image, name) for name in settings}
-    described["size"] = {edge: int(described["size"][edge]) for edge in ("shortest_edge", "longest_edge")}
+    editor = conditioner.editor
+    image = conditioner.processor.image_processor
+    described = {name: getattr(image, name) for name in conditioner.family.settings}
+    for name in ("size", "crop_size"):
+        if name in described:
+            described[name] = {edge: int(value) for edge, value in dict(described[name]).items() if value is not None}
     names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
     return {
         "model": config.model if config.model == POCKET or not Path(config.model).exists() else Path(config.model).name,
@@ -92,8 +97,9 @@ def identity(folder: Path, processor, template: str, config: ExtractConfig, devi
         "weights": {name: file_hash(folder / name) for name in names},
         "tokenizer": file_hash(folder / "tokenizer.json"),
         "processor": json.loads(json.dumps(described, default=lambda v: list(v) if isinstance(v, tuple) else str(v))),
-        "template": template,
-        "positions": config.positions,
+        "conditioning": "native" if editor is None else editor.name,
+        "template": conditioner.template,
+        "positions": conditioner.positions,
         "attention_kernel": ATTENTION_KERNEL,
         "queries": config.queries,
         "dtype": config.dtype,
@@ -101,5 +107,6 @@ def identity(folder: Path, processor, template: str, config: ExtractConfig, devi
         # Padding and the split of work over threads change the last bit of a sum.
         "batch_size": config.batch_size,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        "libraries": {name: version(name) for name in LIBRARIES},
+        # An editor's way with the picture is diffusers'.
+        "libraries": {name: version(name) for name in (*LIBRARIES, *(["diffusers"] if editor else []))},
     }

@@ -18,15 +18,15 @@ from transformers import AutoConfig
 import store
 from extract.capture import EMBED, FINAL
 from extract.config import POCKET, PRESETS, SCENES_SEED, ExtractConfig
+from extract.families import family_of
 from extract.loading import Kit, Loaders, crc_of
 from extract.model import identity, load_processor
 from extract.omniedit import DUPLICATE, BadSample, Checks, Sample, judged
-from extract.prompts import GROUND_TEMPLATE, editing_template
 from extract.review.verdicts import boxes_by_id
 from extract.rows import ROWS_AT_ONCE, Place, SetAside, Shards
 from extract.scenes import draw_scene
 from extract.scenes.shards import ScenesConfig, is_unfinished, write_scenes
-from extract.sequence import Conditioner
+from extract.sequence import Conditioner, conditioner_for
 from store.errors import Refusal
 from store.plan import KINDS, hash_json
 
@@ -117,12 +117,13 @@ class Planner:
     @cached_property
     def conditioner(self) -> Conditioner:
         """Makes what conditions the editor."""
-        return Conditioner(self.processor, editing_template(), self.config.positions, self.model_config)
+        positions = self.config.positions or family_of(self.model_config).own_positions
+        return conditioner_for(self.processor, self.model_config, self.config.conditioning, positions)
 
     @cached_property
     def grounder(self) -> Conditioner:
         """Makes what asks for the box."""
-        return Conditioner(self.processor, GROUND_TEMPLATE, "mrope", self.model_config)
+        return conditioner_for(self.processor, self.model_config, "ground", "sequential")
 
     def kit(self) -> Kit:
         """What loaders need."""
@@ -133,7 +134,7 @@ class Planner:
     @cached_property
     def identity(self) -> dict[str, Any]:
         """Everything that determines the bytes of the states."""
-        return identity(self.folder, self.processor, editing_template(), self.config, self.device)
+        return identity(self.folder, self.conditioner, self.config, self.device)
 
     def plan_of(self, samples: pl.DataFrame) -> store.Plan:
         """The plan for a samples table."""

@@ -1,50 +1,49 @@
 """The two prompts around (image, instruction): the editing pipeline's own template, and the one that asks for a box."""
 
-from functools import lru_cache
+from extract.editors import EDIT, pipeline_template
+from extract.families import Family, Qwen25VL
 
-from store.errors import Refusal
+# How a family is asked for a box, by the numbers in which it speaks.
+GROUND_SYSTEMS = {
+    "pixels": (
+        "Locate the object that the instruction is about and answer with its box in pixels as JSON: "
+        '{"bbox_2d": [x1, y1, x2, y2]}.'
+    ),
+    "thousandths": (
+        "Locate the object that the instruction is about and answer with its box, in thousandths of the picture's "
+        'width and height (0 to 1000), as JSON: {"bbox_2d": [x1, y1, x2, y2]}.'
+    ),
+    "shares": (
+        "Locate the object that the instruction is about and answer with its box, in shares of the picture's width "
+        'and height (0 to 1), as JSON: {"bbox_2d": [x1, y1, x2, y2]}.'
+    ),
+}
 
-IMAGE = "<|vision_start|><|image_pad|><|vision_end|>"
 
-GROUND_SYSTEM = (
-    "Locate the object that the instruction is about and answer with its box in pixels as JSON: "
-    '{"bbox_2d": [x1, y1, x2, y2]}.'
-)
+def ground_template(family: Family) -> str:
+    """The chat text that asks a model of ``family`` for a box, with ``{}`` for the instruction.
 
-# Braces of the system prompt are text, not fields: templates are filled by `fill`, never by str.format.
-GROUND_TEMPLATE = (
-    f"<|im_start|>system\n{GROUND_SYSTEM}<|im_end|>\n<|im_start|>user\n{IMAGE}{{}}<|im_end|>\n<|im_start|>assistant\n"
-)
+    Braces of the system prompt are text, not fields: templates are filled by `fill`, never by ``str.format``.
+    """
+    return family.chat(GROUND_SYSTEMS[family.speaks])
 
 
-@lru_cache(maxsize=1)
+GROUND_TEMPLATE = ground_template(Qwen25VL())
+
+
 def editing_template() -> str:
     """The template that the installed diffusers puts around an editing instruction, with ``{}`` in its place.
 
     Read from ``QwenImageEditPipeline`` itself, so that a diffusers that words it differently is followed (and
-    changes the store's identity) instead of being contradicted by a copy kept here. No weights are involved.
-
-    Raises
-    ------
-    Refusal
-        The installed diffusers has no such pipeline, or its template is not the kind this project understands.
+    changes the store's identity) instead of being contradicted by a copy kept here (raises `Refusal`).
     """
-    try:
-        from diffusers import QwenImageEditPipeline
+    return pipeline_template(EDIT)
 
-        parts = ("scheduler", "vae", "text_encoder", "tokenizer", "processor", "transformer")
-        template = QwenImageEditPipeline(**dict.fromkeys(parts)).prompt_template_encode
-    except Exception as error:  # whatever a different diffusers raises, the reader needs the same mend
-        raise Refusal(
-            f"the installed diffusers does not give its editing template ({type(error).__name__}: {error}); "
-            "install diffusers 0.42"
-        ) from error
-    if not isinstance(template, str) or template.count("{}") != 1 or template.count(IMAGE + "{}") != 1:
-        raise Refusal(
-            f"diffusers' editing template is not one image followed by one instruction: {template!r}; "
-            "install diffusers 0.42"
-        )
-    return template
+
+def native_template(family: Family) -> str:
+    """The editor's system prompt in the chat format of ``family``; for Qwen2.5-VL this is `editing_template`."""
+    system = editing_template().removeprefix("<|im_start|>system\n")
+    return family.chat(system[: system.index("<|im_end|>")])
 
 
 def fill(template: str, instruction: str) -> str:

@@ -15,14 +15,13 @@ import pyarrow as pa
 import torch
 from PIL import Image
 from torch import nn
-from transformers import PretrainedConfig, Qwen2_5_VLModel
-from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
+from transformers import PretrainedConfig
 
+from extract.editors import OPENING, Editor, editor_of
+from extract.families import Frame, Regions, family_of
 from extract.omniedit import EMPTY_PROMPT, SPECIAL_TOKENS, BadSample
-from extract.prompts import fill
-
-IMAGE_PAD = "<|image_pad|>"
-USER_TURN = "<|im_start|>user"
+from extract.prompts import fill, ground_template, native_template
+from store.errors import Refusal
 
 KINDS = pl.Enum(["image", "instruction", "template"])
 TOKEN_SCHEMA = {
@@ -73,7 +72,7 @@ class Prepared:
     pixels
         What the stock image processor gives for the picture.
     positions
-        Position ids, int64 ``[3, t]``.
+        Position ids, int64 ``[3, t]``, or ``[t]`` where the family has one axis.
     image, text, query
         Bool ``[t]``: the kept image tokens, the other kept tokens, and the instruction's among them.
     source_size
@@ -100,8 +99,9 @@ class Batch:
     Attributes
     ----------
     inputs
-        ``input_ids, attention_mask, mm_token_type_ids`` int64 ``[b, t]``, ``position_ids`` int64 ``[3, b, t]``,
-        ``pixel_values`` float32 ``[patches, …]``, ``image_grid_thw`` int64 ``[b, 3]``.
+        ``input_ids, attention_mask`` int64 ``[b, t]``, ``position_ids`` int64 ``[3, b, t]`` or ``[b, t]``,
+        ``pixel_values`` float32 ``[patches or tiles, …]``; of Qwen families also ``image_grid_thw`` int64 ``[b, 3]``
+        and ``mm_token_type_ids`` int64 ``[b, t]``.
     image_mask, text_mask, query_mask
         Bool ``[b, t]``: the kept image tokens, the other kept tokens, and the instruction's among them.
     """
@@ -124,24 +124,47 @@ class Conditioner:
     Parameters
     ----------
     processor
-        A ``Qwen2_5_VLProcessor`` (its fast tokenizer and its image processor are used).
+        The checkpoint's (its fast tokenizer and its image processor are used).
     template
         Chat text with one image placeholder and ``{}`` for the instruction (`extract.prompts`).
     positions
-        ``mrope``: the model's 3-D positions, asked of the model's class explicitly. ``sequential``: 0 … t-1 on all
-        three axes, which is what a caller gets who forgets ``mm_token_type_ids``.
+        ``mrope``: the model's 3-D positions, asked of the model's class explicitly. ``sequential``: 0 … t-1 (on all
+        three axes where there are three), which is what a caller gets who forgets ``mm_token_type_ids``.
     config
-        The checkpoint's configuration, which the model's positions depend on.
+        The checkpoint's configuration: its family, and what the positions depend on.
+    editor
+        The editing pipeline whose handling of the picture is followed, and which keeps the tokens after the opening
+        of the user's turn; null: the processor gets the picture as it is, and the opening is kept, too.
+
+    Raises
+    ------
+    Refusal
+        The family is not known here, or has no 3-D positions and they are wanted.
     """
 
-    def __init__(self, processor, template: str, positions: Literal["mrope", "sequential"], config: PretrainedConfig):
+    def __init__(
+        self,
+        processor,
+        template: str,
+        positions: Literal["mrope", "sequential"],
+        config: PretrainedConfig,
+        editor: Editor | None = None,
+    ):
         if positions not in ("mrope", "sequential"):
             raise ValueError(f"positions is {positions!r}: 'mrope' or 'sequential'")
-        self.tokenizer, self.image_processor = processor.tokenizer, processor.image_processor
-        self.template, self.positions, self.config = template, positions, config
-        self.image_token_id = self.tokenizer.convert_tokens_to_ids(IMAGE_PAD)
+        self.family = family_of(config)
+        if positions == "mrope" and self.family.own_positions != "mrope":
+            raise Refusal(
+                f"--positions mrope: a {self.family.model_type} has no 3-D positions; give --positions sequential"
+            )
+        self.processor, self.tokenizer, self.config = processor, processor.tokenizer, config
+        self.template, self.positions, self.editor = template, positions, editor
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(self.family.placeholder)
         self.pad_token_id = self.tokenizer.pad_token_id
-        self.drop = len(self.tokenizer(template[: template.index(USER_TURN)])["input_ids"])
+        opening = template.index(self.family.turn)
+        kept = opening if editor is None else opening + len(OPENING)
+        starts = self.tokenizer(template, return_offsets_mapping=True)["offset_mapping"]
+        self.drop = next(index for index, (start, _) in enumerate(starts) if start >= kept)
         self._added = np.array(sorted(self.tokenizer.get_added_vocab().values()))
         self._decoded: dict[int, str] = {}
         self._skeleton: nn.Module | None = None
@@ -149,18 +172,22 @@ class Conditioner:
     def __getstate__(self) -> dict:
         return self.__dict__ | {"_skeleton": None}
 
-    def resized_size(self, width: int, height: int) -> tuple[int, int]:
-        """``(width, height)`` to which the processor resizes a picture; each axis is rounded on its own."""
-        size = self.image_processor.size
-        factor = self.image_processor.patch_size * self.image_processor.merge_size
-        resized = smart_resize(height, width, factor, size["shortest_edge"], size["longest_edge"])
-        return resized[1], resized[0]
+    def _handed(self, width: int, height: int) -> tuple[int, int]:
+        """``(width, height)`` at which the processor gets a picture of this size."""
+        return (width, height) if self.editor is None else self.editor.resized(width, height)
 
-    def grid(self, width: int, height: int) -> tuple[int, int]:
-        """``(rows, cols)`` of the image tokens of a picture."""
-        factor = self.image_processor.patch_size * self.image_processor.merge_size
-        resized_width, resized_height = self.resized_size(width, height)
-        return resized_height // factor, resized_width // factor
+    def regions(self, width: int, height: int) -> Regions:
+        """Where each image token of a picture of this size stands, in pixels of it."""
+        handed = self._handed(width, height)
+        row, col, box = self.family.regions(self.processor, *handed)
+        return Regions(row, col, box * ([width / handed[0], height / handed[1]] * 2))
+
+    def frame(self, width: int, height: int) -> Frame:
+        """The numbers in which the model speaks of places in a picture of this size."""
+        handed = self._handed(width, height)
+        extent, view = self.family.frame(self.processor, *handed)
+        scale = width / handed[0], height / handed[1]
+        return Frame(extent, tuple(edge * scale[axis % 2] for axis, edge in enumerate(view)))
 
     def encode(self, instruction: str) -> Encoded:
         """The tokens of the whole text around ``instruction``, and which of them are its own.
@@ -193,9 +220,9 @@ class Conditioner:
 
     def count_tokens(self, width: int, height: int, instruction: str) -> TokenCount:
         """The tokens of a sample, exactly as `prepare` will give them, without touching pixels (raises `BadSample`)."""
-        rows, cols = self.grid(width, height)
+        n_image = len(self.regions(width, height).row)
         encoded = self.encode(instruction)
-        return TokenCount(rows * cols, len(encoded.ids) - 1 - self.drop, int(encoded.query.sum()))
+        return TokenCount(n_image, len(encoded.ids) - 1 - self.drop, int(encoded.query.sum()))
 
     def prepare(self, picture: Image.Image, instruction: str, sample_id: str = "") -> Prepared:
         """One sample (RGB picture) as the model gets it; needs no weights and runs in any process.
@@ -206,14 +233,15 @@ class Conditioner:
             The instruction is refused by `encode`.
         """
         encoded = self.encode(instruction)
-        pixels = dict(self.image_processor(images=[picture], return_tensors="pt"))
-        rows, cols = self.grid(*picture.size)
-        repeats = np.where(encoded.ids == self.image_token_id, rows * cols, 1)
+        regions = self.regions(*picture.size)
+        seen = picture if self.editor is None else self.editor.resize(picture)
+        pixels = self.family.pixels(self.processor, seen)
+        repeats = np.where(encoded.ids == self.image_token_id, len(regions.row), 1)
         ids = np.repeat(encoded.ids, repeats)
         image, query = ids == self.image_token_id, np.repeat(encoded.query, repeats)
         text = ~image & (np.arange(len(ids)) >= self.drop)
         positions = self._positions(ids, image, pixels)
-        tokens = self._table(ids, image, query, encoded.words, positions, picture.size)
+        tokens = self._table(ids, image, query, encoded.words, positions, regions)
         arrays = (torch.from_numpy(array) for array in (image, text, query))
         return Prepared(sample_id, torch.from_numpy(ids), pixels, positions, *arrays, picture.size, tokens)
 
@@ -231,10 +259,11 @@ class Conditioner:
         inputs = {
             "input_ids": torch.stack([pad(one.ids, self.pad_token_id) for one in prepared]),
             "attention_mask": torch.stack([pad(torch.ones_like(one.ids)) for one in prepared]),
-            "mm_token_type_ids": image.long(),
             "position_ids": torch.stack([pad(one.positions) for one in prepared], dim=-2),
             **{name: torch.cat([one.pixels[name] for one in prepared]) for name in prepared[0].pixels},
         }
+        if self.family.core_class is not None:
+            inputs["mm_token_type_ids"] = image.long()
         return Batch(inputs, image, text, query)
 
     def batch(
@@ -244,12 +273,14 @@ class Conditioner:
         return self.collate([self.prepare(picture, instruction) for picture, instruction in samples], padding_side)
 
     def _positions(self, ids: np.ndarray, image: np.ndarray, pixels: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """Position ids ``[3, t]`` of an unpadded sequence, never left to the model to guess."""
+        """Position ids of an unpadded sequence, never left to the model to guess."""
+        if self.family.core_class is None:
+            return torch.arange(len(ids))
         if self.positions == "sequential":
             return torch.arange(len(ids)).expand(3, -1).clone()
         if self._skeleton is None:
             with torch.device("meta"):
-                self._skeleton = Qwen2_5_VLModel(copy.deepcopy(self.config))
+                self._skeleton = self.family.core_class(copy.deepcopy(self.config))
         positions, _ = self._skeleton.get_rope_index(
             input_ids=torch.from_numpy(ids)[None],
             mm_token_type_ids=torch.from_numpy(image.astype(np.int64))[None],
@@ -270,30 +301,26 @@ class Conditioner:
         query: np.ndarray,
         words: np.ndarray,
         positions: torch.Tensor,
-        size: tuple[int, int],
+        regions: Regions,
     ) -> pl.DataFrame:
         """The rows of one sample's kept tokens.
 
         ``position`` is the index in the unpadded sequence, ``slot`` the index among the sample's kept image tokens
         or among its kept other tokens; ``px1 … py2`` is the part of the source picture that an image token stands
-        for, each axis mapped on its own. ``word, row, col`` and the pixel box are null where they mean nothing.
+        for. ``word, row, col`` and the pixel box are null where they mean nothing.
         """
         ids, image, query = ids[self.drop :], image[self.drop :], query[self.drop :]
-        rows, cols = self.grid(*size)
-        row, col = np.divmod(np.arange(rows * cols), cols)
-        wide, high = size[0] / cols, size[1] / rows
 
-        worded = query.copy()
-        worded[query] = words >= 0
-
-        def known(name: str, places: np.ndarray, values: np.ndarray, kind: type = np.int32) -> pl.Series:
-            column = np.zeros(len(ids), dtype=kind)
-            column[places] = values
-            return pl.Series(name, pa.array(column, mask=~places))
+        def known(name: str, places: np.ndarray, values: np.ndarray, missing: np.ndarray, kind: type) -> pl.Series:
+            column, null = np.zeros(len(ids), dtype=kind), ~places
+            column[places], null[places] = values, missing
+            return pl.Series(name, pa.array(column, mask=null))
 
         slot = np.where(image, np.cumsum(image), np.cumsum(~image)).astype(np.int32) - 1
         kind = np.where(image, 0, np.where(query, 1, 2)).astype(np.uint8)
-        rotary = zip(("pos_t", "pos_h", "pos_w"), positions[:, self.drop :].int().numpy(), strict=True)
+        edges = zip(("px1", "py1", "px2", "py2"), regions.box.T, strict=True)
+        axes = positions[..., self.drop :].int().expand(3, -1).numpy()
+        rotary = zip(("pos_t", "pos_h", "pos_w"), axes, strict=True)
         return pl.DataFrame(
             [
                 pl.Series("position", np.arange(self.drop, self.drop + len(ids), dtype=np.int32)),
@@ -301,13 +328,42 @@ class Conditioner:
                 pl.Series("token_id", ids.astype(np.int32)),
                 pl.Series("text", self._texts(ids.tolist())),
                 pl.Series("kind", kind).cat.to(KINDS),
-                known("word", worded, words[words >= 0]),
-                known("row", image, row),
-                known("col", image, col),
-                known("px1", image, col * wide, np.float32),
-                known("py1", image, row * high, np.float32),
-                known("px2", image, (col + 1) * wide, np.float32),
-                known("py2", image, (row + 1) * high, np.float32),
+                known("word", query, words, words < 0, np.int32),
+                known("row", image, regions.row, regions.row < 0, np.int32),
+                known("col", image, regions.col, regions.col < 0, np.int32),
+                *(known(name, image, box, np.isnan(box), np.float32) for name, box in edges),
                 *(pl.Series(name, values) for name, values in rotary),
             ]
         )
+
+
+def conditioner_for(
+    processor,
+    config: PretrainedConfig,
+    purpose: Literal["native", "edit", "edit-plus", "ground"],
+    positions: Literal["mrope", "sequential"],
+) -> Conditioner:
+    """The conditioner for a checkpoint and what it is asked for.
+
+    Parameters
+    ----------
+    processor, config
+        The checkpoint's (`extract.model.load_processor`, `AutoConfig`).
+    purpose
+        ``edit``, ``edit-plus``: as those editing pipelines condition (`extract.editors`). ``native``: their system
+        prompt in the family's own chat format, the picture as the processor sizes it. ``ground``: asks for the box.
+    positions
+        See `Conditioner`; answers are always given under the family's own.
+
+    Raises
+    ------
+    Refusal
+        The family is not known here, no editor conditions on it, or it does not have these positions.
+    """
+    family = family_of(config)
+    if purpose == "ground":
+        return Conditioner(processor, ground_template(family), family.own_positions, config)
+    if purpose == "native":
+        return Conditioner(processor, native_template(family), positions, config)
+    editor = editor_of(purpose, family)
+    return Conditioner(processor, editor.template, positions, config, editor)

@@ -7,6 +7,7 @@ from PIL import Image
 
 from extract.boxes import Problem, count_problems, generate_boxes, parse_box, read_answer
 from extract.decoding import Said
+from extract.families import Frame
 from extract.prompts import GROUND_TEMPLATE
 from extract.sequence import Conditioner
 
@@ -27,7 +28,7 @@ def inside(box, size):
 @given(st.lists(number, max_size=6), st.text(max_size=20), st.text(max_size=20), side, side, side, side)
 def test_a_box_is_always_ordered_and_inside_the_picture(numbers, before, after, wide, high, width, height):
     for text in (f"{before}{numbers}{after}", f'{before}{{"bbox_2d": {numbers}}}{after}', before + after):
-        box = parse_box(text, (wide, high), (width, height))
+        box = parse_box(text, Frame((wide, high), (0, 0, width, height)), (width, height))
         assert box is None or inside(box, (width, height))
 
 
@@ -39,7 +40,7 @@ def test_each_axis_is_mapped_on_its_own(data):
     expected = (x1 * width / wide, y1 * height / high, x2 * width / wide, y2 * height / high)
     for corners in ((x1, y1, x2, y2), (x2, y2, x1, y1), (x2, y1, x1, y2)):
         text = f'{{"bbox_2d": {list(corners)}}}'
-        assert parse_box(text, (wide, high), (width, height)) == pytest.approx(expected)
+        assert parse_box(text, Frame((wide, high), (0, 0, width, height)), (width, height)) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(
@@ -60,7 +61,7 @@ def test_each_axis_is_mapped_on_its_own(data):
     ],
 )
 def test_answers_people_have_seen(text, box):
-    assert parse_box(text, (100, 100), (100, 100)) == box
+    assert parse_box(text, Frame((100, 100), (0, 0, 100, 100)), (100, 100)) == box
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def test_an_answer_ends_with_its_box_in_source_pixels(processor, model, scripted
     for answer, text in zip(answers, says, strict=True):
         assert text.startswith(answer.text)
         assert "so on" not in answer.text
-    resized = conditioner.resized_size(150, 90)
+    resized = conditioner.frame(150, 90).extent
     assert answers[0].box == pytest.approx((0, 28 * 90 / resized[1], 70 * 150 / resized[0], 42 * 90 / resized[1]))
 
 

@@ -167,7 +167,7 @@ def test_the_vision_tower_runs_once_and_not_at_all_when_embeddings_are_given(pro
     assert len(ran) == 1
     assert given.hidden[0].equal(whole.hidden[1])
     with torch.no_grad():
-        assert embed(gqa, batch.inputs).equal(whole.hidden[0])
+        assert embed(gqa, batch.inputs)[0].equal(whole.hidden[0])
 
 
 def test_sequential_positions_are_what_a_forgetful_caller_gets_and_differ_from_the_models_own(processor, gqa):

@@ -65,7 +65,7 @@ def check(model, conditioner, pairs, max_new_tokens, complete):
 @pytest.mark.parametrize("seed", [11, 12, 13])
 def test_the_pocket_models_answers_are_transformers_own_up_to_the_box(pocket, seed):
     model, processor = pocket
-    conditioner = Conditioner(processor, GROUND_TEMPLATE, model=model)
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
     pairs = [(scene.image, scene.instruction) for scene in fresh_scenes(20, seed, "medium")]
     said = check(model, conditioner, pairs, 40, _NAMED)
     assert all(one.finished for one in said)
@@ -74,7 +74,7 @@ def test_the_pocket_models_answers_are_transformers_own_up_to_the_box(pocket, se
 
 def test_without_a_pattern_answers_go_on_to_the_end_of_the_turn(pocket):
     model, processor = pocket
-    conditioner = Conditioner(processor, editing_template(), model=model)
+    conditioner = Conditioner(processor, editing_template(), "mrope", model.config)
     pairs = [(scene.image, scene.instruction) for scene in fresh_scenes(12, 14, "hard")]
     said = check(model, conditioner, pairs, 60, None)
     assert all(one.finished for one in said)
@@ -82,7 +82,7 @@ def test_without_a_pattern_answers_go_on_to_the_end_of_the_turn(pocket):
 
 def test_answers_of_random_weights_are_transformers_own_padded_and_alone(processor, tiny_model):
     model, tokenizer = tiny_model(), processor.tokenizer
-    conditioner = Conditioner(processor, GROUND_TEMPLATE, model=model)
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
     closing = [token_id for token_id in range(len(tokenizer)) if "]" in tokenizer.decode([token_id])]
     answers = []
     for seed in range(5):
@@ -106,7 +106,7 @@ def test_an_answer_ends_with_the_first_token_that_completes_a_box_whatever_was_s
 ):
     model, tokenizer = tiny_model(layers=1), processor.tokenizer
     ids = [*tokenizer("".join(said))["input_ids"], tokenizer.eos_token_id]
-    conditioner = Conditioner(processor, GROUND_TEMPLATE, model=model)
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
     batch = conditioner.batch(SAMPLES[3:], padding_side="left")
     scripted(model, [ids])
     (answer,) = ask(model, batch, tokenizer, len(ids), _NAMED)
@@ -115,7 +115,7 @@ def test_an_answer_ends_with_the_first_token_that_completes_a_box_whatever_was_s
 
 def test_finished_samples_are_not_computed_any_further(processor, tiny_model, scripted):
     model, tokenizer = tiny_model(), processor.tokenizer
-    conditioner = Conditioner(processor, GROUND_TEMPLATE, model=model)
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
     says = [f"{'so on, ' * length}[1, 2, 3, 4] and more" for length in (9, 2, 1, 0)]
     rows = scripted(model, [tokenizer(text)["input_ids"] for text in says])
     answers = ask(model, conditioner.batch(SAMPLES, padding_side="left"), tokenizer, 200, BRACKET)
@@ -127,7 +127,7 @@ def test_finished_samples_are_not_computed_any_further(processor, tiny_model, sc
 
 def test_an_answer_that_the_limit_cuts_off_is_not_finished(processor, tiny_model, scripted):
     model, tokenizer = tiny_model(layers=1), processor.tokenizer
-    conditioner = Conditioner(processor, GROUND_TEMPLATE, model=model)
+    conditioner = Conditioner(processor, GROUND_TEMPLATE, "mrope", model.config)
     steps = scripted(model, [tokenizer("so on and so on")["input_ids"], [tokenizer.eos_token_id]])
     cut, ended = ask(model, conditioner.batch(SAMPLES[:2], padding_side="left"), tokenizer, 7)
     assert (cut.finished, cut.tokens, len(steps)) == (False, 7, 7)
@@ -142,7 +142,7 @@ def test_the_vision_tower_runs_once_for_two_questions_and_nothing_changes(reques
     else:
         model, processor, pairs = (*map(request.getfixturevalue, ("tiny_model", "processor")), SAMPLES)
         model = model()
-    editing, ground = (Conditioner(processor, t, model=model) for t in (editing_template(), GROUND_TEMPLATE))
+    editing, ground = (Conditioner(processor, t, "mrope", model.config) for t in (editing_template(), GROUND_TEMPLATE))
     other, batch = editing.batch(pairs), ground.batch(pairs, padding_side="left")
     towers, logits = [], []
     hooks = [

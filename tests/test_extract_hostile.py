@@ -116,7 +116,7 @@ def test_the_instructions_tokens_spell_it(run):
 def test_states_are_those_of_the_sample_alone(run):
     """Stock class, one sample, the truth instead of what was decoded."""
     model = load_model(WEIGHTS, torch.device("cpu"))
-    conditioner = Conditioner(load_processor(WEIGHTS), editing_template(), "mrope", model)
+    conditioner = Conditioner(load_processor(WEIGHTS), editing_template(), "mrope", model.config)
     opened = store.open(run.path)
     exact = [index for index, name in enumerate(opened.samples["sample_id"]) if run.kept[name].tolerance == 0]
     names = layer_names(model)

@@ -73,7 +73,7 @@ def test_counts_are_those_of_the_batch(conditioner, width, height, instruction):
     batch = conditioner.batch([(Image.new("RGB", (width, height)), instruction)])
     assert tuple(conditioner.count_tokens(width, height, instruction)) == kept_lengths(batch)[0]
     rows, cols = batch.inputs["image_grid_thw"][0, 1:].tolist()
-    assert conditioner.resized_size(width, height) == (cols * 14, rows * 14)
+    assert conditioner.frame(width, height) == ((cols * 14, rows * 14), (0, 0, width, height))
     table = conditioner.prepare(Image.new("RGB", (width, height)), instruction).tokens
     assert table.filter(pl.col("kind") == "instruction").height == batch.query_mask.sum()
     assert table["word"].drop_nulls().unique().sort().to_list() == list(range(len(instruction.split())))
@@ -143,7 +143,7 @@ def test_the_token_table(conditioner, side):
         assert mine.select("pos_t", "pos_h", "pos_w").to_numpy().T.tolist() == positions.tolist()
         decode = conditioner.tokenizer.decode
         assert mine["text"].to_list() == [decode([token_id]) for token_id in mine["token_id"]]
-        rows, cols = conditioner.grid(*picture.size)
+        rows, cols = (batch.inputs["image_grid_thw"][number, 1:] // 2).tolist()
         assert [tuple(place) for place in image.select("row", "col").rows()] == [
             (row, col) for row in range(rows) for col in range(cols)
         ]
@@ -156,8 +156,9 @@ def test_the_token_table(conditioner, side):
 
 def test_pixel_boxes_tile_the_source_picture_each_axis_on_its_own(conditioner):
     size = 150, 100  # resized to 140 × 112: the axes are scaled differently
-    image = conditioner.prepare(Image.new("RGB", size), "go").tokens.filter(pl.col("kind") == "image")
-    rows, cols = conditioner.grid(*size)
+    prepared = conditioner.prepare(Image.new("RGB", size), "go")
+    image = prepared.tokens.filter(pl.col("kind") == "image")
+    rows, cols = (prepared.pixels["image_grid_thw"][0, 1:] // 2).tolist()
     assert size[0] / cols != size[1] / rows
     area = ((image["px2"] - image["px1"]) * (image["py2"] - image["py1"])).sum()
     assert area == pytest.approx(size[0] * size[1], rel=1e-5)

@@ -15,6 +15,7 @@ import extract.pocket.train as training
 import store
 from extract.boxes import parse_box
 from extract.config import POCKET, PRESETS
+from extract.families import Frame
 from extract.model import load_model, load_processor
 from extract.pocket.build import SPECIAL_TOKENS, WEIGHTS, build_config
 from extract.pocket.evaluate import ask, fresh_scenes, score, score_descriptions, wilson
@@ -126,7 +127,7 @@ def test_answers_are_boxes_of_the_resized_picture(processor, lesson):
     height, width = (int(v) * 14 for v in lesson.grid[0, 1:])
     for (row, column), truth in zip(batch.prompt_ends.tolist(), batch.branch_boxes, strict=True):
         said = tokenizer.decode(batch.tokens[row, column + 1 : column + 40]).split("<|im_end|>")[0]
-        box = parse_box(said, (width, height), (1, 1))
+        box = parse_box(said, Frame((width, height), (0, 0, 1, 1)), (1, 1))
         assert box_iou(torch.tensor([box]), truth[None]).item() > 0.8
 
 
