@@ -228,13 +228,12 @@ class Llava(Family):
 
     def shrink(self, processor, max_pixels: int) -> None:
         """Refused: every picture takes one square."""
-        raise Refusal(f"--max-pixels {max_pixels}: a llava always sees a square of one size; leave it away")
+        raise Refusal(f"--max-pixels {max_pixels}: a llava always sees a square of one size; leave it out")
 
     def frame(self, processor, width: int, height: int) -> Frame:
         """Shares of the square that is shown: beyond the picture where it is padded, within it where it is cropped."""
         image = processor.image_processor
-        side = max(width, height) if image.do_pad else None
-        canvas_w, canvas_h = (side, side) if side else (width, height)
+        canvas_w, canvas_h = [max(width, height)] * 2 if image.do_pad else (width, height)
         if image.size.get("shortest_edge"):
             resized_h, resized_w = get_size_with_aspect_ratio((canvas_h, canvas_w), image.size["shortest_edge"])
         else:

@@ -192,8 +192,8 @@ def test_an_instruction_cannot_bring_special_tokens(name):
             conditioner.count_tokens(100, 100, text)
 
 
-def test_an_instruction_of_no_family_that_shares_a_token_with_its_template_takes_it():
-    """Instruction behind a blank: SentencePiece has one token for blank and word, which begins outside of it."""
+def test_a_token_that_begins_in_the_template_is_the_templates():
+    """SentencePiece has one token for the blank before an instruction and its first word."""
     processor = LlavaProcessor(
         processor_of("llava").image_processor,
         train_sentencepiece([*texts("llava"), *["say red cube"] * 200], 700),
