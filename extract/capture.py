@@ -18,6 +18,7 @@ from torch import nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from extract.families import family_of
 
@@ -119,12 +120,20 @@ def layer_names(model: nn.Module) -> list[str]:
     return [EMBED, *map(str, range(len(_core(model).language_model.layers))), FINAL]
 
 
-def embed(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+def look(model: nn.Module, inputs: Mapping[str, torch.Tensor]) -> BaseModelOutputWithPooling:
+    """What the vision tower makes of a batch's pictures; `single_pass` and `extract.decoding.ask` take it."""
+    core = _core(model)
+    return family_of(core.config).look(core, inputs)
+
+
+def embed(
+    model: nn.Module, inputs: Mapping[str, torch.Tensor], features: BaseModelOutputWithPooling | None = None
+) -> tuple[torch.Tensor, dict]:
     """The decoder's input ``[b, t, d]`` (token embeddings, with the vision tower's output at the image tokens), and
     what else the decoder has to be given by keyword (`Family.embed`: Qwen3-VL's DeepStack features).
     """
     core = _core(model)
-    return family_of(core.config).embed(core, inputs)
+    return family_of(core.config).embed(core, inputs, features)
 
 
 @torch.no_grad()
@@ -137,6 +146,7 @@ def single_pass(
     row_layers: Sequence[str] | None = None,
     inputs_embeds: torch.Tensor | None = None,
     keep: torch.Tensor | None = None,
+    features: BaseModelOutputWithPooling | None = None,
 ) -> Pass:
     """Run the model once over ``inputs`` and keep the named layers.
 
@@ -157,6 +167,9 @@ def single_pass(
     keep
         int64 ``[n]``: of the batch's tokens, counted over rows (``b * t + i``), those whose states are kept, in this
         order. All of them, as a padded batch, if not given.
+    features
+        What `look` gave for the same pictures: the tower is not run again, ``pixel_values`` are not needed, and the
+        states are the same bit for bit.
 
     Raises
     ------
@@ -176,7 +189,7 @@ def single_pass(
     if not kept and not row_names:
         raise ValueError("no layer is wanted")
 
-    states, further = embed(model, inputs) if inputs_embeds is None else (inputs_embeds, {})
+    states, further = embed(model, inputs, features) if inputs_embeds is None else (inputs_embeds, {})
     hidden = states.new_empty(len(kept), *(states.shape if keep is None else (len(keep), states.shape[2])))
     places = {name: [place for place, other in enumerate(kept) if other == name] for name in kept}
 

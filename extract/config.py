@@ -114,6 +114,10 @@ class ExtractConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise Refusal(f"--{name.replace('_', '-')} {value}: give 1 or more")
+        if self.max_pixels is not None and self.conditioning != "native":
+            raise Refusal(
+                f"--max-pixels {self.max_pixels}: --conditioning {self.conditioning} says the size; leave it away"
+            )
         if not 0 <= self.held_out < 1:
             raise Refusal(f"--held-out {self.held_out}: give a share from 0 up to, not including, 1")
         if not 0 <= self.min_area < self.max_area <= 1:

@@ -86,7 +86,7 @@ def ask(
     batch = batch.to(model.device)
     inputs, mask = dict(batch.inputs), batch.inputs["attention_mask"]
     if features is not None:
-        del inputs["pixel_values"]
+        inputs.pop("pixel_values", None)
         inputs["mm_encoder_outputs"] = {"image": features}
     length = mask.shape[1]
     mask_bt = pad(mask, (0, max_new_tokens), value=1)

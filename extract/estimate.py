@@ -85,11 +85,12 @@ def probe(planner: Planner, loaders: Loaders, plan: store.Plan) -> dict[str, flo
         found, seconds = loaders.result(work)
         ready = [one for one in found if not isinstance(one, str)]
         began = time.perf_counter()
-        if extractor.asks_boxes and ready:
-            extractor.ask(ready)
+        features = extractor.look(ready) if extractor.asks_boxes and ready else None
+        if features is not None:
+            extractor.ask(ready, features)
         asked = time.perf_counter()
         if ready:
-            captured, _ = extractor.run([one["edit"] for one in ready])
+            captured, _ = extractor.run([one["edit"] for one in ready], features)
             captured.hidden.sum().item()  # a GPU has come so far only when it is asked
         ended = time.perf_counter()
         if number or len(batches) == 1:  # the first one warms up

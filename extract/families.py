@@ -26,6 +26,7 @@ from transformers import (
     Qwen3VLProcessor,
 )
 from transformers.image_transforms import get_size_with_aspect_ratio
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
@@ -128,15 +129,21 @@ class Family:
         """What the stock image processor gives for one RGB picture; those of several are joined on the first axis."""
         return dict(processor.image_processor(images=[picture], return_tensors="pt"))
 
-    def embed(self, core: nn.Module, inputs: Mapping[str, torch.Tensor]) -> tuple[torch.Tensor, dict]:
+    def look(self, core: nn.Module, inputs: Mapping[str, torch.Tensor]) -> BaseModelOutputWithPooling:
+        """What the vision tower, and the projection after it, make of a batch's pictures."""
+        given = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
+        return core.get_image_features(**given, return_dict=True)
+
+    def embed(
+        self, core: nn.Module, inputs: Mapping[str, torch.Tensor], features: BaseModelOutputWithPooling | None = None
+    ) -> tuple[torch.Tensor, dict]:
         """What enters block 0, ``[b, t, d]``, and what else the decoder has to be given, by keyword.
 
-        Token embeddings, with the vision tower's output (after projection) at the image tokens.
+        Token embeddings, with the vision tower's output (after projection) at the image tokens; ``features`` if the
+        tower has run.
         """
         states = core.get_input_embeddings()(inputs["input_ids"])
-        features = core.get_image_features(
-            **{name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}, return_dict=True
-        )
+        features = self.look(core, inputs) if features is None else features
         image = torch.cat(list(features.pooler_output)).to(states.device, states.dtype)
         mask = core.get_placeholder_mask(inputs["input_ids"], inputs_embeds=states, image_features=image)
         mask = mask[0] if isinstance(mask, tuple) else mask

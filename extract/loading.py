@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
 import google_crc32c
@@ -48,7 +48,7 @@ class Kit:
 
     checks: Checks
     conditioners: Mapping[str, Conditioner]
-    """By purpose."""
+    """By purpose; all see the picture at the same size."""
     dtype: torch.dtype = torch.float32
     """Of pixels: the model casts them to its own, so they may as well travel in it."""
     boxes: Mapping[str, Box | None] = field(default_factory=dict)
@@ -155,21 +155,20 @@ def _prepared(
         found = Planned(*planned[:1], sample.instruction, sample.width, sample.height, crc_of(sample.source))
         if found != planned:
             raise BadSample(CHANGED)
-        picture = sample.image
-        return {
-            purpose: _lighter(conditioner.prepare(picture, sample.instruction, sample.sample_id), kit.dtype)
-            for purpose, conditioner in conditioners.items()
-        }
+        made, pixels = {}, None
+        for purpose, conditioner in conditioners.items():
+            made[purpose] = conditioner.prepare(sample.image, sample.instruction, sample.sample_id, pixels)
+            # All are asked of the same picture, which travels once.
+            pixels = made[purpose].pixels
+        return {purpose: _lighter(one, kit.dtype, not number) for number, (purpose, one) in enumerate(made.items())}
     except BadSample as bad:
         return str(bad)
 
 
-def _lighter(prepared: Prepared, dtype: torch.dtype) -> Prepared:
-    """The same with pixels in the model's dtype."""
-    for name, values in prepared.pixels.items():
-        if values.is_floating_point():
-            prepared.pixels[name] = values.to(dtype)
-    return prepared
+def _lighter(prepared: Prepared, dtype: torch.dtype, with_pixels: bool) -> Prepared:
+    """The same with pixels in the model's dtype, or without them."""
+    pixels = {name: v.to(dtype) if v.is_floating_point() else v for name, v in prepared.pixels.items()}
+    return replace(prepared, pixels={name: v for name, v in pixels.items() if with_pixels or name != "pixel_values"})
 
 
 def crc_of(source: bytes) -> int:

@@ -18,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
+from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 import store
 from extract.boxes import Answer, Box, ask_boxes
-from extract.capture import Pass, single_pass
+from extract.capture import Pass, look, single_pass
 from extract.config import ExtractConfig
 from extract.loading import Loaders, Planned, planned_of, prepare, rows_at
 from extract.moving import Mover, Moving
@@ -96,14 +97,25 @@ class Extractor:
         """What inputs are needed for."""
         return ("edit", "ground") if self.asks_boxes else ("edit",)
 
-    def ask(self, ready: Sequence[dict[str, Prepared]]) -> list[Answer]:
-        """The model's own boxes, in source pixels."""
-        with self.clock("boxes"):
-            return ask_boxes(self.model, [one["ground"] for one in ready], self.grounder, self.config.max_new_tokens)
+    @torch.no_grad()
+    def look(self, ready: Sequence[dict[str, Prepared]]) -> BaseModelOutputWithPooling:
+        """What the vision tower makes of the pictures, for both questions."""
+        pixels = [one["edit"].pixels for one in ready]
+        inputs = {name: torch.cat([one[name] for one in pixels]).to(self.model.device) for name in pixels[0]}
+        return look(self.model, inputs)
 
-    def run(self, ready: Sequence[Prepared]) -> tuple[Pass, torch.Tensor]:
+    def ask(self, ready: Sequence[dict[str, Prepared]], features: BaseModelOutputWithPooling) -> list[Answer]:
+        """The model's own boxes, in source pixels."""
+        grounds = [one["ground"] for one in ready]
+        return ask_boxes(self.model, grounds, self.grounder, self.config.max_new_tokens, features)
+
+    def run(
+        self, ready: Sequence[Prepared], features: BaseModelOutputWithPooling | None = None
+    ) -> tuple[Pass, torch.Tensor]:
         """One pass over a batch: what it gave, and per sample how many tokens of each kind were kept, ``[b, kind]``."""
         batch = self.conditioner.collate(ready)
+        if features is not None:
+            del batch.inputs["pixel_values"]
         counts, keep = kept_tokens(batch, self.plan.kinds)
         batch = batch.to(self.model.device)
         plan = self.plan
@@ -113,7 +125,7 @@ class Extractor:
             else {}
         )
         done = single_pass(
-            self.model, batch.inputs, plan.layers, keep=keep.to(self.model.device, non_blocking=True), **rows
+            self.model, batch.inputs, plan.layers, keep=keep.to(self.model.device), features=features, **rows
         )
         return done, counts
 
@@ -316,14 +328,19 @@ class Filling:
                 done.aside[sample] = one
             else:
                 ready.append((sample, one, {}))
+        features = None
         if extractor.asks_boxes and ready:
-            ready = self._with_boxes(ready, done.aside)
+            with clock("boxes"):
+                features = extractor.look([one for _, one, _ in ready])
+                usable = self._with_boxes(ready, features, done.aside)
+            # Of fewer pictures the tower runs once more, which is rare.
+            features, ready = (features if len(usable) == len(ready) else None), usable
         if not ready:
             return done
         done.samples, inputs, done.values = map(list, zip(*ready, strict=True))
         done.prepared = [one["edit"] for one in inputs]
         with clock("pass"):
-            captured, counts = extractor.run(done.prepared)
+            captured, counts = extractor.run(done.prepared, features)
             if check:
                 extractor.check(done.prepared, captured.hidden, counts)
                 self.checked()
@@ -334,11 +351,12 @@ class Filling:
             done.moving = self.mover.move(leaving, self._get)
         return done
 
-    def _with_boxes(self, ready: list, aside: dict[int, str]) -> list:
+    def _with_boxes(self, ready: list, features: BaseModelOutputWithPooling, aside: dict[int, str]) -> list:
         """Those of which there is a box, with their values; the model's own stands in where the data bring none."""
         config, samples = self.extractor.config, self.extractor.plan.samples
         kept = []
-        for (sample, one, values), answer in zip(ready, self.extractor.ask([one for _, one, _ in ready]), strict=True):
+        answers = self.extractor.ask([one for _, one, _ in ready], features)
+        for (sample, one, values), answer in zip(ready, answers, strict=True):
             true = samples.select(BOX_COLUMNS).row(sample)
             values |= {f"vlm_{name}": value for name, value in answer.columns().items()}
             if true[0] is None and (reason := unusable(answer.box, *self.planned[sample][2:4], config)):

@@ -22,6 +22,7 @@ from extract.families import family_of
 from extract.loading import Kit, Loaders, crc_of
 from extract.model import identity, load_processor
 from extract.omniedit import DUPLICATE, BadSample, Checks, Sample, judged
+from extract.prompts import ground_template
 from extract.review.verdicts import boxes_by_id
 from extract.rows import ROWS_AT_ONCE, Place, SetAside, Shards
 from extract.scenes import draw_scene
@@ -122,8 +123,10 @@ class Planner:
 
     @cached_property
     def grounder(self) -> Conditioner:
-        """Makes what asks for the box."""
-        return conditioner_for(self.processor, self.model_config, "ground", "sequential")
+        """Makes what asks for the box, of the picture as the editor conditions on it: the tower sees it once."""
+        family = family_of(self.model_config)
+        template, editor = ground_template(family), self.conditioner.editor
+        return Conditioner(self.processor, template, family.own_positions, self.model_config, editor)
 
     def kit(self) -> Kit:
         """What loaders need."""

@@ -224,8 +224,16 @@ class Conditioner:
         encoded = self.encode(instruction)
         return TokenCount(n_image, len(encoded.ids) - 1 - self.drop, int(encoded.query.sum()))
 
-    def prepare(self, picture: Image.Image, instruction: str, sample_id: str = "") -> Prepared:
+    def prepare(
+        self,
+        picture: Image.Image,
+        instruction: str,
+        sample_id: str = "",
+        pixels: Mapping[str, torch.Tensor] | None = None,
+    ) -> Prepared:
         """One sample (RGB picture) as the model gets it; needs no weights and runs in any process.
+
+        ``pixels`` are those of the same picture prepared for another question with the same sizes.
 
         Raises
         ------
@@ -234,8 +242,9 @@ class Conditioner:
         """
         encoded = self.encode(instruction)
         regions = self.regions(*picture.size)
-        seen = picture if self.editor is None else self.editor.resize(picture)
-        pixels = self.family.pixels(self.processor, seen)
+        if pixels is None:
+            seen = picture if self.editor is None else self.editor.resize(picture)
+            pixels = self.family.pixels(self.processor, seen)
         repeats = np.where(encoded.ids == self.image_token_id, len(regions.row), 1)
         ids = np.repeat(encoded.ids, repeats)
         image, query = ids == self.image_token_id, np.repeat(encoded.query, repeats)
