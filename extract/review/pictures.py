@@ -1,4 +1,4 @@
-"""The picture of a sample, found in local shards by its id; a few rows in memory at a time."""
+"""The picture of a sample, found in local shards by its id; at most a row group at a time in memory."""
 
 import threading
 from collections.abc import Iterable
@@ -96,12 +96,15 @@ class Pictures:
             where, start, cells = self._held
             if where != (file, group) or not start <= row < start + len(cells):
                 start, cells = 0, []
-                # A map of the file: row groups of pictures may be larger than the memory.
-                with pq.ParquetFile(file, memory_map=True) as shard:
+                with pq.ParquetFile(file) as shard:
                     for batch in shard.iter_batches(ROWS_AT_ONCE, [group], columns=["src_img"], use_threads=False):
                         if row < start + len(batch):
                             cells = batch.column(0).to_pylist()
                             break
                         start += len(batch)
                 self._held = ((file, group), start, cells)
+                # The row group was read; the pool would keep its room (1.2 GB for 0.5 GB of pictures).
+                pa.default_memory_pool().release_unused()
+            if not cells:
+                raise Missing(f"{file} has changed: it has no row {row} in row group {group} any more")
             return cells[row - start]
