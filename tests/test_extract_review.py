@@ -316,6 +316,19 @@ def test_another_picture_than_the_stores_is_not_shown(tmp_path):
             pictures.png(row)
 
 
+def test_a_shard_that_is_changed_during_the_review_is_named(tmp_path):
+    path = tmp_path / "a.parquet"
+    rows = [{"omni_edit_id": str(n), "src_img": {"bytes": encoded(noise(n))}} for n in range(40)]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    pictures = Pictures(str(tmp_path), ["39"])
+    pq.write_table(pa.Table.from_pylist(rows[:5]), path)
+    with pytest.raises(Missing, match=r"a\.parquet has changed"):
+        pictures.png("39", (40, 30), None)
+    path.unlink()
+    with pytest.raises(Missing, match="cannot be read"):
+        pictures.png("39", (40, 30), None)
+
+
 # ---- what makes a verdict ----------------------------------------------------------------------------------------
 
 
