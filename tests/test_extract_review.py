@@ -316,17 +316,18 @@ def test_another_picture_than_the_stores_is_not_shown(tmp_path):
             pictures.png(row)
 
 
-def test_a_shard_that_is_changed_during_the_review_is_named(tmp_path):
+def test_a_shard_that_changed_or_went_during_the_review_is_named(tmp_path):
     path = tmp_path / "a.parquet"
-    rows = [{"omni_edit_id": str(n), "src_img": {"bytes": encoded(noise(n))}} for n in range(40)]
+    cells = [encoded(noise(n)) for n in range(40)]
+    rows = [{"omni_edit_id": str(n), "src_img": {"bytes": data}} for n, data in enumerate(cells)]
     pq.write_table(pa.Table.from_pylist(rows), path)
-    pictures = Pictures(str(tmp_path), ["39"])
+    changed, gone = Pictures(str(tmp_path)), Pictures(str(tmp_path))
     pq.write_table(pa.Table.from_pylist(rows[:5]), path)
-    with pytest.raises(Missing, match=r"a\.parquet has changed"):
-        pictures.png("39", (40, 30), None)
+    with pytest.raises(Missing, match="cannot be read"):
+        changed.png(row_of("39", "a.parquet", 39, cells[39]))
     path.unlink()
     with pytest.raises(Missing, match="cannot be read"):
-        pictures.png("39", (40, 30), None)
+        gone.png(row_of("39", "a.parquet", 39, cells[39]))
 
 
 # ---- what makes a verdict ----------------------------------------------------------------------------------------
