@@ -142,7 +142,9 @@ PRESETS: dict[str, ExtractConfig] = {
 ABOUT_PRESETS = """
 Presets:
   pocket  the shipped 4-million-parameter Qwen2.5-VL over 4,096 scenes drawn here; minutes on any laptop
-  paper   Qwen/Qwen2.5-VL-7B-Instruct over TIGER-Lab/OmniEdit-Filtered-1.2M, 128,000 samples; one CUDA GPU
+  paper   Qwen/Qwen2.5-VL-7B-Instruct over TIGER-Lab/OmniEdit-Filtered-1.2M, 128,000 samples as Qwen-Image-Edit
+          conditions on them; one CUDA GPU or several. It keeps the prompt's tokens at all layers and the attention
+          rows, which fits a 2-TB disk; the picture's tokens (--tokens all) would take 36 TB
 """
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FEW = {"capture": 3, "extraction": 6, "proxies": 1}
+FEW = {"capture": 4, "extraction": 11, "GPU, 7B shapes": 7, "proxies": 1}
 """Rows of the parts that are not about the store."""
 
 
@@ -20,6 +20,7 @@ def bench():
     """The package, which is not installed: it is run from the repository's root."""
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(ROOT)
+        import bench.gpu
         import bench.run
 
         yield bench
@@ -147,6 +148,26 @@ def test_history_grows_and_refuses_what_it_did_not_write(bench, tmp_path):
     with pytest.raises(bench.report.Refusal, match="not a list"):
         bench.report.keep(record, tmp_path)
     assert path.read_text() == "{torn"
+
+
+def test_the_rows_of_a_gpu_are_measured_by_code_that_runs(bench):
+    """At tiny shapes on the CPU: what a GPU adds is the side stream alone."""
+    import torch
+    from transformers import Qwen2_5_VLForConditionalGeneration
+
+    config = bench.gpu.config_7b()
+    text, vision = config.text_config, config.vision_config
+    assert (text.hidden_size, text.num_hidden_layers, vision.depth, vision.out_hidden_size) == (3584, 28, 32, 3584)
+    text.hidden_size, text.intermediate_size, text.num_hidden_layers = 64, 96, 3
+    text.num_attention_heads, text.num_key_value_heads = 4, 2
+    text.rope_parameters = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 3, 3]}
+    vision.depth, vision.hidden_size, vision.intermediate_size, vision.num_heads = 2, 32, 48, 2
+    vision.out_hidden_size, vision.fullatt_block_indexes = 64, [1]
+    model = Qwen2_5_VLForConditionalGeneration._from_config(config, dtype=torch.bfloat16).eval()
+    rows = bench.gpu.of_pictures(model, 112, 2, 64, 1)
+    rows.append(bench.gpu.moving(torch.device("cpu"), 10**6, 1))
+    assert [row.goal for row in rows] == [None, None, 1.05, 1.05, None]
+    assert all(row.value > 0 and row.ratio > 0 for row in rows)
 
 
 def test_help_teaches():
