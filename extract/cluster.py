@@ -28,6 +28,7 @@ RUNS_PER_WORKER = 4
 
 RETRIES = 3
 LOOK_SECONDS = 1.0
+ABANDONED = 60.0  # seconds without any worker after which nobody is waited for
 PATIENCE = "30s"  # for a scheduler to answer
 
 _HELD: dict[str, Any] = {}
@@ -61,9 +62,14 @@ def fill_on_cluster(config: ExtractConfig, plan: store.Plan, clock: Clock) -> No
             )
             for run in runs_of(store.pending(config.store, plan.part), RUNS_PER_WORKER * workers)
         ]
+        seen = time.monotonic()
         while any(future.status == "pending" for future in futures):
             time.sleep(LOOK_SECONDS)
             progress(0)
+            if client.scheduler_info(n_workers=-1)["workers"]:
+                seen = time.monotonic()
+            elif time.monotonic() - seen > ABANDONED:
+                raise Refusal(f"--dask {config.dask}: its workers are gone; start some and give the same command again")
             if failed := [future for future in futures if future.status == "error"]:
                 failure = failed[0].exception()
                 raise failure if isinstance(failure, Refusal) else Refusal(f"{failed[0].key} failed: {failure}")

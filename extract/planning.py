@@ -52,6 +52,9 @@ SAMPLE_SCHEMA = {
     "file": pl.String,
     "row": pl.Int64,
 }
+RESULTS = ("sample", "valid", "set_aside", "verified")
+"""Columns that a store's samples get later; the model's own boxes, ``vlm_…``, are others."""
+
 SET_ASIDE_SCHEMA = {
     "sample_id": pl.String,
     "file": pl.String,
@@ -220,8 +223,13 @@ def read_plan(config: ExtractConfig, loaders: Loaders) -> tuple[pl.DataFrame, pl
         raise Refusal(f"--data {config.data}: no sample can be used ({reasons or 'it has no rows'})")
     samples = pl.DataFrame(rows, schema=SAMPLE_SCHEMA, orient="row")
     brought = pl.DataFrame(extras, infer_schema_length=None)
-    taken = [name for name in brought.columns if name not in SAMPLE_SCHEMA]
-    return samples.hstack(brought.select(taken)), set_aside
+    return samples.hstack(brought.rename(free_name)), set_aside
+
+
+def free_name(brought: str) -> str:
+    """The name under which a column of the data is kept: its own, unless the store's samples have one of that name."""
+    taken = brought in (*SAMPLE_SCHEMA, *RESULTS) or brought.startswith("vlm_")
+    return f"data_{brought}" if taken else brought
 
 
 def _in_order(

@@ -118,7 +118,8 @@ def lay_out(planner: Planner, loaders: Loaders) -> None:
         store.grow(config.store, plan, set_aside)
     else:
         store.create(config.store, plan, set_aside)
-    store.note(place, SELECTION, {SELECTION: chosen})
+    if {SELECTION: chosen} not in store.open(config.store).runs:
+        store.note(place, SELECTION, {SELECTION: chosen})
 
 
 def planned_before(config: ExtractConfig, chosen: dict) -> tuple[pl.DataFrame | None, pl.DataFrame | None]:

@@ -120,14 +120,16 @@ def test_an_answer_ends_with_its_box_in_source_pixels(processor, model, scripted
     ],
 )
 def test_an_answer_says_why_it_is_no_usable_box(text, finished, problem):
-    answer = read_answer(Said(text, 5, finished), (100, 100), (50, 200))
+    answer = read_answer(Said(text, 5, finished), Frame((100, 100), (0, 0, 50, 200)), (50, 200))
     assert answer.problem == problem
     assert (answer.box is None) == (problem in (Problem.NO_NUMBERS, Problem.UNFINISHED))
 
 
 @given(st.text(max_size=700), st.booleans(), side, side)
 def test_the_columns_of_any_answer_go_into_a_table(text, finished, width, height):
-    columns = read_answer(Said(text, 5, finished), (width, height), (width, height)).columns()
+    columns = read_answer(
+        Said(text, 5, finished), Frame((width, height), (0, 0, width, height)), (width, height)
+    ).columns()
     assert list(columns) == ["x1", "y1", "x2", "y2", "answer", "problem"]
     assert text.startswith(columns["answer"])
     assert len(columns["answer"]) == min(len(text), 500)
