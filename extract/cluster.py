@@ -11,10 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from typing import Any
-
-import dask
-from dask.distributed import Client, LocalCluster, get_worker
+from typing import TYPE_CHECKING, Any
 
 import store
 from extract.config import ExtractConfig
@@ -22,6 +19,9 @@ from extract.loading import Loaders
 from extract.pipeline import Clock, Extractor
 from extract.workers import Progress, Rank
 from store.errors import Refusal
+
+if TYPE_CHECKING:
+    from dask.distributed import Client
 
 RUNS_PER_WORKER = 4
 """Runs of blocks for each worker: few, for at its end the pipeline runs empty; several, so that all end alike."""
@@ -79,8 +79,11 @@ def fill_on_cluster(config: ExtractConfig, plan: store.Plan, clock: Clock) -> No
 
 
 @contextmanager
-def connect(address: str) -> Iterator[Client]:
+def connect(address: str) -> Iterator["Client"]:
     """A client of the scheduler at ``address``; ``local`` and ``local:4`` start one here with workers of their own."""
+    import dask
+    from dask.distributed import Client, LocalCluster
+
     local = re.fullmatch(r"local(?::(\d+))?", address)
     if not local:
         try:
@@ -117,6 +120,8 @@ def runs_of(blocks: list[int], most: int) -> list[range]:
 
 def fill_run(config: ExtractConfig, part: int, run: range) -> dict[str, float]:
     """Fill a run of blocks in a worker process of the cluster: seconds by stage."""
+    from dask.distributed import get_worker
+
     from extract.run import fill
 
     # A worker with several threads has one model all the same.
@@ -136,6 +141,8 @@ def held(config: ExtractConfig, part: int) -> tuple[Loaders, Extractor]:
     Refusal
         This machine would compute other states than those of the store: other weights, libraries …
     """
+    from dask.distributed import get_worker
+
     from extract.run import begin, make_extractor
 
     if _HELD.get("key") != (config, part):

@@ -10,24 +10,12 @@ from typing import ClassVar, Literal, NamedTuple
 
 import numpy as np
 import torch
+import transformers
 from PIL import Image
 from torch import nn
-from transformers import (
-    InternVLForConditionalGeneration,
-    InternVLProcessor,
-    LlavaForConditionalGeneration,
-    LlavaProcessor,
-    PretrainedConfig,
-    Qwen2_5_VLForConditionalGeneration,
-    Qwen2_5_VLModel,
-    Qwen2_5_VLProcessor,
-    Qwen3VLForConditionalGeneration,
-    Qwen3VLModel,
-    Qwen3VLProcessor,
-)
+from transformers import PretrainedConfig
 from transformers.image_transforms import get_size_with_aspect_ratio
 from transformers.modeling_outputs import BaseModelOutputWithPooling
-from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
 from transformers.models.qwen2_vl.image_processing_qwen2_vl import smart_resize
 
 from store.errors import Refusal
@@ -75,10 +63,10 @@ class Family:
     ----------
     model_type
         Transformers' name of it.
-    model_class, processor_class
-        Transformers' own classes.
-    core_class
-        The class without head whose ``get_rope_index`` gives 3-D positions; null where positions are 0 … t-1.
+    model, processor
+        Names of transformers' own classes, which are imported when they are needed: each takes its time.
+    core
+        Of the class without head whose ``get_rope_index`` gives 3-D positions; null where positions are 0 … t-1.
     placeholder
         The token that stands for the image, once in a template, as often as the picture brings tokens in a sequence.
     image
@@ -92,9 +80,9 @@ class Family:
     """
 
     model_type: ClassVar[str]
-    model_class: ClassVar[type]
-    processor_class: ClassVar[type]
-    core_class: ClassVar[type | None] = None
+    model: ClassVar[str]
+    processor: ClassVar[str]
+    core: ClassVar[str | None] = None
     placeholder: ClassVar[str]
     image: ClassVar[str]
     turn: ClassVar[str] = "<|im_start|>user"
@@ -102,9 +90,24 @@ class Family:
     settings: ClassVar[tuple[str, ...]]
 
     @property
+    def model_class(self) -> type[transformers.PreTrainedModel]:
+        """Transformers' class of the model with its head."""
+        return getattr(transformers, self.model)
+
+    @property
+    def processor_class(self) -> type[transformers.ProcessorMixin]:
+        """Transformers' class of the processor."""
+        return getattr(transformers, self.processor)
+
+    @property
+    def core_class(self) -> type[transformers.PreTrainedModel] | None:
+        """Transformers' class of the model without head, if it is needed for positions."""
+        return None if self.core is None else getattr(transformers, self.core)
+
+    @property
     def own_positions(self) -> Literal["mrope", "sequential"]:
         """The positions that the family was trained with."""
-        return "sequential" if self.core_class is None else "mrope"
+        return "sequential" if self.core is None else "mrope"
 
     def chat(self, system: str) -> str:
         """The family's chat text with ``system``, the image, and ``{}`` for the instruction (here: ChatML)."""
@@ -186,7 +189,7 @@ class Qwen25VL(_Qwen):
     """Qwen2.5-VL of any size. It speaks in pixels of the resized picture."""
 
     model_type = "qwen2_5_vl"
-    model_class, processor_class, core_class = Qwen2_5_VLForConditionalGeneration, Qwen2_5_VLProcessor, Qwen2_5_VLModel
+    model, processor, core = "Qwen2_5_VLForConditionalGeneration", "Qwen2_5_VLProcessor", "Qwen2_5_VLModel"
     speaks = "pixels"
 
     def frame(self, processor, width: int, height: int) -> Frame:
@@ -203,7 +206,7 @@ class Qwen3VL(_Qwen):
     """
 
     model_type = "qwen3_vl"
-    model_class, processor_class, core_class = Qwen3VLForConditionalGeneration, Qwen3VLProcessor, Qwen3VLModel
+    model, processor, core = "Qwen3VLForConditionalGeneration", "Qwen3VLProcessor", "Qwen3VLModel"
     speaks = "thousandths"
 
     def frame(self, processor, width: int, height: int) -> Frame:
@@ -222,7 +225,7 @@ class Llava(Family):
     """
 
     model_type = "llava"
-    model_class, processor_class = LlavaForConditionalGeneration, LlavaProcessor
+    model, processor = "LlavaForConditionalGeneration", "LlavaProcessor"
     placeholder = "<image>"
     image = "<image>\n"
     turn = " USER:"
@@ -269,7 +272,7 @@ class InternVL(Family):
     """
 
     model_type = "internvl"
-    model_class, processor_class = InternVLForConditionalGeneration, InternVLProcessor
+    model, processor = "InternVLForConditionalGeneration", "InternVLProcessor"
     placeholder = "<IMG_CONTEXT>"
     image = "<img><IMG_CONTEXT></img>\n"
     speaks = "thousandths"
@@ -291,6 +294,8 @@ class InternVL(Family):
         """Tile after tile, then the thumbnail where there is more than one tile."""
         image = processor.image_processor
         tile = image.size["height"], image.size["width"]
+        from transformers.models.got_ocr2.image_processing_got_ocr2 import get_optimal_tiled_canvas
+
         across, down = get_optimal_tiled_canvas((height, width), tile, image.min_patches, image.max_patches)
         side = int(processor.image_seq_length**0.5)
         whole = (0, 0, width, height)

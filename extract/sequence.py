@@ -271,7 +271,7 @@ class Conditioner:
             "position_ids": torch.stack([pad(one.positions) for one in prepared], dim=-2),
             **{name: torch.cat([one.pixels[name] for one in prepared]) for name in prepared[0].pixels},
         }
-        if self.family.core_class is not None:
+        if self.family.core is not None:
             inputs["mm_token_type_ids"] = image.long()
         return Batch(inputs, image, text, query)
 
@@ -283,7 +283,7 @@ class Conditioner:
 
     def _positions(self, ids: np.ndarray, image: np.ndarray, pixels: Mapping[str, torch.Tensor]) -> torch.Tensor:
         """Position ids of an unpadded sequence, never left to the model to guess."""
-        if self.family.core_class is None:
+        if self.family.core is None:
             return torch.arange(len(ids))
         if self.positions == "sequential":
             return torch.arange(len(ids)).expand(3, -1).clone()

@@ -12,7 +12,7 @@ from extract.scenes import DIFFICULTIES, OBJECT_TASKS, TASKS, draw_scene
 from extract.scenes.language import by_position
 from extract.scenes.scene import bounding_box, masks_of, paint
 from extract.scenes.shapes import KINDS, silhouette
-from extract.scenes.shards import FEATURES, ScenesConfig, mask_of, row_of, run_lengths, write_scenes
+from extract.scenes.shards import ScenesConfig, features, mask_of, row_of, run_lengths, write_scenes
 from store.errors import Refusal
 
 
@@ -125,7 +125,7 @@ def test_shards_have_omniedits_columns_and_stock_datasets_decodes_them(tmp_path)
         "pq_score pq_reasoning o_score"
     ).split()
     assert set(omniedit) <= set(schema.names)
-    assert schema.equals(FEATURES.arrow_schema)
+    assert schema.equals(features().arrow_schema)
     import datasets
 
     loaded = datasets.load_dataset("parquet", data_files=str(path), split="train", cache_dir=str(tmp_path / "cache"))

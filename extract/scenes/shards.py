@@ -3,9 +3,10 @@
 import io
 import json
 from dataclasses import asdict, dataclass
+from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,39 +16,48 @@ from tqdm import tqdm
 from extract.scenes.scene import DIFFICULTIES, Scene, bounding_box, draw_scene, edited_things, masks_of, paint, restyle
 from store.errors import Refusal
 
+if TYPE_CHECKING:
+    import datasets
+
 ROWS_PER_SHARD = 512
 ROWS_PER_GROUP = 64
 JPEG_QUALITY = 95
 LABEL = "scenes.json"
 
-_WHOLE = datasets.Value("int64")
-_MASK = {"size": datasets.List(_WHOLE), "counts": datasets.List(_WHOLE)}
-_OBJECT = {
-    "kind": datasets.Value("string"),
-    "colour": datasets.Value("string"),
-    "box": datasets.List(_WHOLE),
-    "mask": _MASK,
-}
-FEATURES = datasets.Features(
-    {
-        "omni_edit_id": datasets.Value("string"),
-        "task": datasets.Value("string"),
-        "src_img": datasets.Image(),
-        "edited_img": datasets.Image(),
-        "edited_prompt_list": datasets.List(datasets.Value("string")),
-        "width": _WHOLE,
-        "height": _WHOLE,
-        "sc_score_1": _WHOLE,
-        "sc_score_2": _WHOLE,
-        "sc_reasoning": datasets.Value("string"),
-        "pq_score": _WHOLE,
-        "pq_reasoning": datasets.Value("string"),
-        "o_score": datasets.Value("float64"),
-        "box": datasets.List(_WHOLE),
-        "objects": datasets.List(_OBJECT),
-        "seed": _WHOLE,
+
+@cache
+def features() -> "datasets.Features":
+    """The columns of a shard."""
+    import datasets  # slow to import, and whoever reads shards does without
+
+    whole = datasets.Value("int64")
+    mask = {"size": datasets.List(whole), "counts": datasets.List(whole)}
+    thing = {
+        "kind": datasets.Value("string"),
+        "colour": datasets.Value("string"),
+        "box": datasets.List(whole),
+        "mask": mask,
     }
-)
+    return datasets.Features(
+        {
+            "omni_edit_id": datasets.Value("string"),
+            "task": datasets.Value("string"),
+            "src_img": datasets.Image(),
+            "edited_img": datasets.Image(),
+            "edited_prompt_list": datasets.List(datasets.Value("string")),
+            "width": whole,
+            "height": whole,
+            "sc_score_1": whole,
+            "sc_score_2": whole,
+            "sc_reasoning": datasets.Value("string"),
+            "pq_score": whole,
+            "pq_reasoning": datasets.Value("string"),
+            "o_score": datasets.Value("float64"),
+            "box": datasets.List(whole),
+            "objects": datasets.List(thing),
+            "seed": whole,
+        }
+    )
 
 
 @dataclass(frozen=True)
@@ -175,11 +185,11 @@ def write_scenes(config: ScenesConfig) -> None:
             indices = range(shard * ROWS_PER_SHARD, min((shard + 1) * ROWS_PER_SHARD, config.samples))
             if not path.exists():
                 partial = path.with_suffix(".partial")
-                with pq.ParquetWriter(partial, FEATURES.arrow_schema) as writer:
+                with pq.ParquetWriter(partial, features().arrow_schema) as writer:
                     for first in range(indices.start, indices.stop, ROWS_PER_GROUP):
                         group = range(first, min(first + ROWS_PER_GROUP, indices.stop))
                         rows = [row_of(draw_scene(config.seed, index, config.difficulty)) for index in group]
-                        writer.write_table(pa.Table.from_pylist(rows, schema=FEATURES.arrow_schema))
+                        writer.write_table(pa.Table.from_pylist(rows, schema=features().arrow_schema))
                         bar.update(len(rows))
                 partial.replace(path)
             else:
