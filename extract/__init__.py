@@ -19,7 +19,7 @@ The way through
 ``capture``     one pass: hidden states by layer name, attention rows beside SDPA attention
 ``decoding``    the model asked to speak: greedy answers of a batch, each as long as it need be
 ``boxes``       its answer as a box of the source picture, or why it is none; ``scoring`` against true ones
-``loading``     loaders: processes that make rows into model inputs
+``loading``     loaders: ``processes`` that make rows into model inputs
 ``moving``      what leaves the device, beside the next pass
 ``pipeline``    read → prepare → run → move → write, all at once, and what is checked on the way
 ``workers``     which of many processes this is; ``cluster`` spreads blocks over Dask

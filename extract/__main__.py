@@ -4,6 +4,7 @@ import inspect
 import sys
 
 from extract.config import ABOUT_PRESETS, ExtractConfig, choose_preset
+from extract.processes import start_early
 from store.commandline import finish, parse
 
 
@@ -13,6 +14,7 @@ def main() -> int:
     about = (inspect.getdoc(ExtractConfig) or "") + "\n" + ABOUT_PRESETS
     config = parse(ExtractConfig, "python -m extract", about, sys.argv[1:], default=preset)
     print(why)
+    start_early(config.loaders, config.limit)
     from extract.run import extract
 
     return extract(config)

@@ -5,9 +5,10 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
@@ -17,6 +18,7 @@ import torch
 
 from extract.boxes import Box
 from extract.omniedit import BadSample, Checks, judged
+from extract.processes import FEW_SAMPLES, loader_context
 from extract.rows import Place, SetAside, Shards
 from extract.sequence import Conditioner, Prepared
 from store.errors import Refusal
@@ -24,8 +26,6 @@ from store.errors import Refusal
 MOVED = "the data no longer hold it where it was planned"
 CHANGED = "the data changed since it was planned"
 MOST_PROCESSES = 8
-FEW_SAMPLES = 512
-"""Of so many samples, a process of its own costs more to start than it saves."""
 
 
 Row = tuple[Place, Mapping[str, Any]] | SetAside
@@ -69,9 +69,7 @@ class Loaders:
     def __init__(self, kit: Kit, processes: int):
         self.processes = processes
         if processes:
-            # Not by fork: threads of torch, polars and object stores do not survive one.
-            context = multiprocessing.get_context("spawn")
-            self._pool = ProcessPoolExecutor(processes, context, _begin, (kit,))
+            self._pool = ProcessPoolExecutor(processes, loader_context(), _begin, (kit,))
             self._kit = None
         else:
             self._pool = ThreadPoolExecutor(1, "load")
@@ -79,16 +77,13 @@ class Loaders:
 
     def submit(self, work: Callable[..., Any], *given: Any) -> "Future[tuple[Any, float]]":
         """Have ``work(kit, *given)`` done: its result and the seconds it took."""
-        return self._pool.submit(_timed, work, self._kit, given)
+        with _loss():
+            return self._pool.submit(_timed, work, self._kit, given)
 
     def result(self, future: "Future[tuple[Any, float]]") -> tuple[Any, float]:
         """What a future gives, or a Refusal where a loader process died."""
-        try:
+        with _loss():
             return future.result()
-        except BrokenProcessPool:
-            raise Refusal(
-                "a loader process died, most likely for want of memory: give fewer --loaders or a smaller --batch-size"
-            ) from None
 
     def close(self) -> None:
         """End the processes; work that has not begun is dropped."""
@@ -99,6 +94,16 @@ class Loaders:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+@contextmanager
+def _loss() -> Iterator[None]:
+    try:
+        yield
+    except BrokenProcessPool:
+        raise Refusal(
+            "a loader process died, most likely for want of memory: give fewer --loaders or a smaller --batch-size"
+        ) from None
 
 
 def default_processes(samples: int | None, device: torch.device, threads: int) -> int:

@@ -1,0 +1,22 @@
+"""Where loader processes come from: a server that has imported what they need once, and forks them in no time."""
+
+import multiprocessing
+from multiprocessing import forkserver
+from multiprocessing.context import BaseContext
+
+FEW_SAMPLES = 512
+"""Of so many samples, processes of their own cost more to start than they save."""
+
+
+def loader_context() -> BaseContext:
+    """How loaders are started: not by a fork of this process, whose threads would not survive one."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["extract.loading"])
+    return context
+
+
+def start_early(loaders: int | None, limit: int | None) -> None:
+    """Have the server import beside this process, which has as much to import itself; it ends with this process."""
+    if loaders if loaders is not None else limit is None or limit >= FEW_SAMPLES:
+        loader_context()
+        forkserver.ensure_running()
