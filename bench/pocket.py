@@ -89,9 +89,9 @@ def set_up(config: BenchConfig, scratch: Path, samples: int) -> Iterator[Pocket]
         if extract(asked):
             raise RuntimeError(f"the extraction that is to be measured failed: python -m store verify {asked.store}")
         planner, loaders = begin(asked, Rank())
-        with loaders:
-            extractor = make_extractor(planner, store.load_plan(asked.store), Clock())
-            yield Pocket(asked, extractor, loaders, "shipped" if shipped else "random")
+        extractor = make_extractor(planner, store.load_plan(asked.store), Clock())
+    with loaders:
+        yield Pocket(asked, extractor, loaders, "shipped" if shipped else "random")
 
 
 def make_random(folder: Path) -> Path:

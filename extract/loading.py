@@ -1,9 +1,6 @@
 """Rows made into model inputs by processes of their own: they never ask the one that runs the model for anything."""
 
-import multiprocessing
 import os
-import signal
-import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, ThreadPoolExecutor
@@ -18,7 +15,7 @@ import torch
 
 from extract.boxes import Box
 from extract.omniedit import BadSample, Checks, judged
-from extract.processes import FEW_SAMPLES, loader_context
+from extract.processes import FEW_SAMPLES, follow_parent, loader_context
 from extract.rows import Place, SetAside, Shards
 from extract.sequence import Conditioner, Prepared
 from store.errors import Refusal
@@ -121,17 +118,9 @@ def _begin(kit: Kit) -> None:
     """Set up a loader process: one thread, the kit, and an end when its parent ends, however that happens."""
     global _KIT
     _KIT = kit
-    # Ctrl-C is for the parent, which ends its loaders.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["POLARS_MAX_THREADS"] = "1"
     torch.set_num_threads(1)
-    parent = multiprocessing.parent_process()
-
-    def follow() -> None:
-        parent.join()
-        os._exit(0)
-
-    threading.Thread(target=follow, daemon=True).start()
+    follow_parent()
 
 
 def _timed(work: Callable[..., Any], kit: Kit | None, given: Sequence[Any]) -> tuple[Any, float]:

@@ -12,10 +12,9 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling
@@ -29,6 +28,7 @@ from extract.moving import Mover, Moving
 from extract.omniedit import AREA
 from extract.rows import Place, Shards
 from extract.sequence import Batch, Conditioner, Prepared
+from extract.writing import Ran, Writing
 from store.errors import Refusal
 
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
@@ -191,20 +191,6 @@ class _Loading:
     future: Future
 
 
-@dataclass
-class _Done:
-    """A batch that has run, on its way to the store."""
-
-    block: int
-    last: bool
-    aside: dict[int, str]
-    samples: list[int] = field(default_factory=list)
-    prepared: list[Prepared] = field(default_factory=list)
-    values: list[dict[str, Any]] = field(default_factory=list)
-    counts: np.ndarray | None = None
-    moving: Moving | None = None
-
-
 class Filling:
     """Fills blocks of a store with what a model gives; see the module.
 
@@ -214,7 +200,7 @@ class Filling:
         The model and what is kept.
     loaders
         Made with the extractor's kit.
-    writer
+    writing
         Of the extractor's part.
     advance
         Called with the number of samples that went to the writer, and now and then with 0.
@@ -226,17 +212,16 @@ class Filling:
         self,
         extractor: Extractor,
         loaders: Loaders,
-        writer: store.Writer,
+        writing: Writing,
         advance: Callable[[int], None],
         checked: Callable[[], None],
     ):
-        self.extractor, self.loaders, self.writer = extractor, loaders, writer
+        self.extractor, self.loaders, self.writing = extractor, loaders, writing
         self.advance, self.checked = advance, checked
         config, plan = extractor.config, extractor.plan
         self.shards = Shards(config.data)
         self.planned: list[Planned] = planned_of(plan.samples)
         self.places = [Place(*row) for row in plan.samples.select("file", "row").iter_rows()]
-        self.n_query: list[int] = plan.samples["n_query"].to_list()
         self.valid = store.open(config.store).valid if plan.part else None
         self.mover = Mover(extractor.model.device)
         self._loading: queue.Queue = queue.Queue(max(2, 2 * loaders.processes))
@@ -244,11 +229,11 @@ class Filling:
         self._failure: BaseException | None = None
         self._stopping = threading.Event()
 
-    def fill(self, blocks: Iterator[int]) -> None:
-        """Fill ``blocks`` as they come; when this returns they are committed. Raises what went wrong in any stage."""
+    def fill(self) -> None:
+        """Fill blocks as they come; when this returns they are committed. Raises what went wrong in any stage."""
         threads = [
-            threading.Thread(target=self._guarded, args=(work, *given), name=work.__name__.strip("_"), daemon=True)
-            for work, given in ((self._read, (blocks,)), (self._write, ()))
+            threading.Thread(target=self._guarded, args=(work,), name=work.__name__.strip("_"), daemon=True)
+            for work in (self._read, self._write)
         ]
         for thread in threads:
             thread.start()
@@ -266,11 +251,12 @@ class Filling:
             thread.join()
         if self._failure is not None:
             raise self._failure
-        self.writer.flush()
+        for stage, seconds in self.writing.finish().items():
+            self.extractor.clock.add(stage, seconds)
 
-    def _guarded(self, work: Callable[..., None], *given: Any) -> None:
+    def _guarded(self, work: Callable[[], None]) -> None:
         try:
-            work(*given)
+            work()
         except BaseException as failure:
             self._fail(failure)
 
@@ -295,10 +281,10 @@ class Filling:
                 self.advance(0)
         raise _Stopped
 
-    def _read(self, blocks: Iterator[int]) -> None:
+    def _read(self) -> None:
         """Rows of one block after the other, to the loaders."""
         clock, plan, config = self.extractor.clock, self.extractor.plan, self.extractor.config
-        for b in blocks:
+        for b in self.writing.blocks():
             members = list(plan.block(b))
             with clock("read"):
                 rows = dict(zip(members, rows_at(self.shards, [self.places[n] for n in members]), strict=True))
@@ -314,13 +300,13 @@ class Filling:
         while (item := self._get(self._loading)) is not None:
             yield item
 
-    def _run(self, item: _Loading, check: bool) -> _Done:
+    def _run(self, item: _Loading, check: bool) -> tuple[Ran, Moving | None]:
         """Ask the model for the boxes, where that is wanted, and run the pass."""
         extractor, clock = self.extractor, self.extractor.clock
         with clock("wait for inputs"):
             found, seconds = self.loaders.result(item.future)
         clock.add("prepare", seconds)
-        done = _Done(item.block, item.last, {})
+        done = Ran(item.block, item.last, {})
         ready, prepared = [], iter(found)
         for sample in item.samples:
             one = NOT_THERE_FIRST if self.valid is not None and not self.valid[sample] else next(prepared)
@@ -336,7 +322,7 @@ class Filling:
             # Of fewer pictures the tower runs once more, which is rare.
             features, ready = (features if len(usable) == len(ready) else None), usable
         if not ready:
-            return done
+            return done, None
         done.samples, inputs, done.values = map(list, zip(*ready, strict=True))
         done.prepared = [one["edit"] for one in inputs]
         with clock("pass"):
@@ -348,8 +334,10 @@ class Filling:
             leaving = {"hidden": captured.hidden} if extractor.plan.layers else {}
             if captured.rows is not None:
                 leaving["rows"] = captured.rows.half()
-            done.moving = self.mover.move(leaving, self._get)
-        return done
+            moving = self.mover.move(leaving, self._get)
+        # Pixels have been seen; the rest goes with the states.
+        done.prepared = [replace(one, pixels={}) for one in done.prepared]
+        return done, moving
 
     def _with_boxes(self, ready: list, features: BaseModelOutputWithPooling, aside: dict[int, str]) -> list:
         """Those of which there is a box, with their values; the model's own stands in where the data bring none."""
@@ -367,79 +355,19 @@ class Filling:
         return kept
 
     def _write(self) -> None:
-        """What has run, to the writer, a block at a time."""
-        block = None
-        try:
-            while (done := self._get(self._done)) is not None:
-                if block is None:
-                    block = self.writer.block(done.block).__enter__()
-                self._add(block, done)
-                if done.last:
-                    block, whole = None, block
-                    whole.__exit__(None, None, None)
-        except BaseException as failure:
-            if block is not None:
-                block.__exit__(type(failure), failure, failure.__traceback__)
-            raise
-
-    def _add(self, block: Any, done: _Done) -> None:
-        clock, plan = self.extractor.clock, self.extractor.plan
-        for sample, reason in done.aside.items():
-            block.set_aside(sample, reason)
-        if done.samples:
+        """What has run, to whoever writes."""
+        clock = self.extractor.clock
+        while (done := self._get(self._done)) is not None:
+            ran, moving = done
             with clock("move"):
-                arrays = done.moving.arrays()
-            left = _Countdown(len(done.samples), done.moving.release)
-            with clock("hand over"):
-                end = 0
-                for number, (sample, one) in enumerate(zip(done.samples, done.prepared, strict=True)):
-                    start, end = end, end + int(done.counts[number].sum())
-                    n_query = self.n_query[sample] if plan.attention else 0
-                    given = kept_arrays(arrays, number, start, done.counts[number], n_query, one, plan)
-                    tokens = {} if plan.part else {"tokens": one.tokens, "values": done.values[number]}
-                    block.add(sample, **given, **tokens, done=left)
-        self.advance(len(done.samples) + len(done.aside))
+                arrays = {} if moving is None else moving.arrays()
+            with clock("wait for the writer"):
+                self.writing.take(ran, arrays, (lambda: None) if moving is None else moving.release)
+            self.advance(len(ran.samples) + len(ran.aside))
 
 
 class _Stopped(Exception):  # noqa: N818 - another stage has the reason
     """Another stage failed."""
-
-
-class _Countdown:
-    """Calls ``then`` at its ``n``-th call."""
-
-    def __init__(self, n: int, then: Callable[[], None]):
-        self._left, self._then, self._lock = n, then, threading.Lock()
-
-    def __call__(self) -> None:
-        with self._lock:
-            self._left -= 1
-            ended = not self._left
-        if ended:
-            self._then()
-
-
-def kept_arrays(
-    arrays: dict[str, np.ndarray],
-    number: int,
-    start: int,
-    counts: np.ndarray,
-    n_query: int,
-    one: Prepared,
-    plan: store.Plan,
-) -> dict[str, np.ndarray]:
-    """What is kept of a batch's sample, whose kept tokens begin at ``start``, as `store.Writer`'s ``add`` takes it."""
-    kept = {}
-    if "hidden" in arrays:
-        for kind, count in zip(plan.kinds, counts.tolist(), strict=True):
-            kept[kind] = arrays["hidden"][:, start : start + count]
-            start += count
-    if "rows" in arrays:
-        # A batch is padded on the right, so a sample's positions are the batch's.
-        own = arrays["rows"][number][..., :n_query, : len(one.ids)]
-        masks = {"image": one.image.numpy(), "text": one.text.numpy()}
-        kept |= {name: own[..., masks[name.removeprefix("text_to_")]] for name in plan.attention}
-    return kept
 
 
 def unusable(box: Box | None, width: int, height: int, config: ExtractConfig) -> str | None:

@@ -1,6 +1,9 @@
 """Where loader processes come from: a server that has imported what they need once, and forks them in no time."""
 
 import multiprocessing
+import os
+import signal
+import threading
 from multiprocessing import forkserver
 from multiprocessing.context import BaseContext
 
@@ -11,8 +14,20 @@ FEW_SAMPLES = 512
 def loader_context() -> BaseContext:
     """How loaders are started: not by a fork of this process, whose threads would not survive one."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["extract.loading"])
+    context.set_forkserver_preload(["extract.loading", "extract.writing"])
     return context
+
+
+def follow_parent() -> None:
+    """End this process when its parent ends, however that happens; Ctrl-C is for the parent."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+
+    def follow() -> None:
+        parent.join()
+        os._exit(0)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def start_early(loaders: int | None, limit: int | None) -> None:

@@ -20,6 +20,7 @@ from extract.pipeline import TOLERANCE, Clock, Extractor, Filling
 from extract.planning import Planner, read_plan, selection
 from extract.summary import print_plan, print_summary
 from extract.workers import Progress, Rank, find_rank
+from extract.writing import Elsewhere, Here, Job
 from store.errors import Refusal
 
 SELECTION = "selection"  # name of the note that says by what a store's samples were chosen
@@ -171,10 +172,11 @@ def fill(
         }
         store.note(store.locate(config.store), name, told)
 
-    with store.Writer(config.store, worker, extractor.plan.part) as writer:
+    job = Job(config.store, worker, extractor.plan.part, own, alone)
+    # A GPU's thread seldom asks for the interpreter, and wide states would wait for the copy.
+    elsewhere = loaders.processes and extractor.model.device.type == "cpu"
+    with Elsewhere(job) if elsewhere else Here(job) as writing:
         try:
-            Filling(extractor, loaders, writer, advance, tell).fill(writer.blocks(own, alone))
+            Filling(extractor, loaders, writing, advance, tell).fill()
         finally:
-            for stage, spent in writer.busy.items():
-                clock.add(stage, spent)
             tell()

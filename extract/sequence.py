@@ -5,9 +5,10 @@ part is dropped from what is kept. Samples are prepared one by one, without weig
 """
 
 import copy
+import pickle
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import polars as pl
@@ -77,8 +78,8 @@ class Prepared:
         Bool ``[t]``: the kept image tokens, the other kept tokens, and the instruction's among them.
     source_size
         ``(width, height)`` of the picture.
-    tokens
-        One row per kept token, in `TOKEN_SCHEMA` without ``sample``.
+    table
+        ``tokens``, or what they were pickled to on the way from another process.
     """
 
     sample_id: str
@@ -89,7 +90,46 @@ class Prepared:
     text: torch.Tensor
     query: torch.Tensor
     source_size: tuple[int, int]
-    tokens: pl.DataFrame
+    table: pl.DataFrame | bytes = field(repr=False)
+
+    @property
+    def tokens(self) -> pl.DataFrame:
+        """One row per kept token, in `TOKEN_SCHEMA` without ``sample``."""
+        return pickle.loads(self.table) if isinstance(self.table, bytes) else self.table
+
+    def __getstate__(self) -> dict[str, Any]:
+        # Torch's own way to another process opens a file for every tensor, and a table is a thing of many parts that
+        # the process with the model has no need to look at.
+        table = self.table if isinstance(self.table, bytes) else pickle.dumps(self.table, pickle.HIGHEST_PROTOCOL)
+        return {name: _flattened(value) for name, value in vars(self).items()} | {"table": table}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        for name, value in state.items():
+            object.__setattr__(self, name, _restored(value))
+
+
+def _flattened(value: Any) -> Any:
+    """Tensors as arrays, with the name of the dtype that NumPy lacks."""
+    if isinstance(value, dict):
+        return {name: _flattened(one) for name, one in value.items()}
+    if isinstance(value, torch.Tensor):
+        same = value.dtype == torch.bfloat16
+        return _Array(value.view(torch.uint16).numpy() if same else value.numpy(), same)
+    return value
+
+
+def _restored(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _restored(one) for name, one in value.items()}
+    if isinstance(value, _Array):
+        tensor = torch.from_numpy(value.values)
+        return tensor.view(torch.bfloat16) if value.bfloat16 else tensor
+    return value
+
+
+class _Array(NamedTuple):
+    values: np.ndarray
+    bfloat16: bool
 
 
 @dataclass(frozen=True)

@@ -64,7 +64,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from store.batches import Batch, Batches, RaggedBatch
     from store.commits import pending
-    from store.errors import Refusal
+    from store.errors import Busy, Refusal
     from store.growth import copy, derive, drop
     from store.inspection import disk_usage
     from store.layout import create, grow, load_parts, load_plan
@@ -81,6 +81,7 @@ _HOMES = {
     "Batches": "batches",
     "RaggedBatch": "batches",
     "pending": "commits",
+    "Busy": "errors",
     "Refusal": "errors",
     "copy": "growth",
     "derive": "growth",
@@ -106,6 +107,7 @@ __all__ = [
     "BadStates",
     "Batch",
     "Batches",
+    "Busy",
     "Plan",
     "RaggedBatch",
     "Refusal",

@@ -7,3 +7,7 @@ class Refusal(Exception):  # noqa: N818 - it is an answer, not a fault
     The message is one line that names the value, the place and the mend. Command lines print it as
     ``error: …`` and exit with code 2; nothing has been changed when it is raised.
     """
+
+
+class Busy(Refusal):
+    """Somebody else is at work there, who may soon be gone."""

@@ -27,7 +27,7 @@ import google_crc32c
 import numpy as np
 import polars as pl
 
-from store.errors import Refusal
+from store.errors import Busy, Refusal
 
 if TYPE_CHECKING:
     import zarr.abc.store
@@ -643,9 +643,9 @@ def whole_lines(data: bytes) -> int:
     return data.rfind(b"\n") + 1
 
 
-def busy(place: Place, name: str) -> Refusal:
+def busy(place: Place, name: str) -> Busy:
     """Why log ``name`` cannot be had."""
-    return Refusal(f"a writer named {PurePosixPath(name).stem!r} is at work on {place}: give every worker its own name")
+    return Busy(f"a writer named {PurePosixPath(name).stem!r} is at work on {place}: give every worker its own name")
 
 
 def within(place: Place, name: str) -> str:

@@ -261,10 +261,10 @@ def test_what_waits_is_bounded_while_the_disk_is_slow(made, monkeypatch):
     monkeypatch.setattr(Filling, "_add", add)
     ahead = []
 
-    def counted(self, ready):
+    def counted(self, ready, *features):
         ran.append(len(ready))
         ahead.append(len(ran) - len(handed))
-        return run(self, ready)
+        return run(self, ready, *features)
 
     monkeypatch.setattr(type(extractor), "run", counted)
     monkeypatch.setattr("extract.pipeline.Extractor.check", nothing)
