@@ -132,6 +132,14 @@ class Family:
         """What the stock image processor gives for one RGB picture; those of several are joined on the first axis."""
         return dict(processor.image_processor(images=[picture], return_tensors="pt"))
 
+    def thinned(self, processor, pixels: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Pixels without what `whole` can put back, for the way from another process."""
+        return dict(pixels)
+
+    def whole(self, processor, pixels: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Pixels as the model takes them, of `thinned` ones or others."""
+        return dict(pixels)
+
     def look(self, core: nn.Module, inputs: Mapping[str, torch.Tensor]) -> BaseModelOutputWithPooling:
         """What the vision tower, and the projection after it, make of a batch's pictures."""
         given = {name: inputs[name] for name in ("pixel_values", "image_grid_thw") if name in inputs}
@@ -170,6 +178,21 @@ class _Qwen(Family):
             "longest_edge": max_pixels,
             "shortest_edge": min(size["shortest_edge"], max_pixels),
         }
+
+    def thinned(self, processor, pixels: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """A still picture comes as a film of equal frames, of which one is enough."""
+        return dict(pixels) | {"pixel_values": self._frames(processor, pixels["pixel_values"])[:, :, 0].flatten(1)}
+
+    def whole(self, processor, pixels: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        image, values = processor.image_processor, pixels["pixel_values"]
+        if values.shape[1] == 3 * image.patch_size**2:
+            frames = values.view(len(values), 3, 1, -1).expand(-1, -1, image.temporal_patch_size, -1)
+            return dict(pixels) | {"pixel_values": frames.flatten(1)}
+        return dict(pixels)
+
+    def _frames(self, processor, values: torch.Tensor) -> torch.Tensor:
+        """Patches ``[n, channel, frame, pixel]``."""
+        return values.view(len(values), 3, processor.image_processor.temporal_patch_size, -1)
 
     def resized(self, processor, width: int, height: int) -> tuple[int, int]:
         """``(width, height)`` to which the processor resizes a picture; each axis is rounded on its own."""

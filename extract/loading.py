@@ -154,15 +154,20 @@ def _prepared(
             made[purpose] = conditioner.prepare(sample.image, sample.instruction, sample.sample_id, pixels)
             # All are asked of the same picture, which travels once.
             pixels = made[purpose].pixels
-        return {purpose: _lighter(one, kit.dtype, not number) for number, (purpose, one) in enumerate(made.items())}
+        return {
+            purpose: _lighter(one, conditioners[purpose], kit.dtype, not number)
+            for number, (purpose, one) in enumerate(made.items())
+        }
     except BadSample as bad:
         return str(bad)
 
 
-def _lighter(prepared: Prepared, dtype: torch.dtype, with_pixels: bool) -> Prepared:
-    """The same with pixels in the model's dtype, or without them."""
-    pixels = {name: v.to(dtype) if v.is_floating_point() else v for name, v in prepared.pixels.items()}
-    return replace(prepared, pixels={name: v for name, v in pixels.items() if with_pixels or name != "pixel_values"})
+def _lighter(prepared: Prepared, conditioner: Conditioner, dtype: torch.dtype, with_pixels: bool) -> Prepared:
+    """The same with pixels in the model's dtype and none of them twice, or without them."""
+    if not with_pixels:
+        return replace(prepared, pixels={n: v for n, v in prepared.pixels.items() if n != "pixel_values"})
+    thin = conditioner.family.thinned(conditioner.processor, prepared.pixels)
+    return replace(prepared, pixels={n: v.to(dtype) if v.is_floating_point() else v for n, v in thin.items()})
 
 
 def crc_of(source: bytes) -> int:

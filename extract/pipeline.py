@@ -100,9 +100,8 @@ class Extractor:
     @torch.no_grad()
     def look(self, ready: Sequence[dict[str, Prepared]]) -> BaseModelOutputWithPooling:
         """What the vision tower makes of the pictures, for both questions."""
-        pixels = [one["edit"].pixels for one in ready]
-        inputs = {name: torch.cat([one[name] for one in pixels]).to(self.model.device) for name in pixels[0]}
-        return look(self.model, inputs)
+        pixels = self.conditioner.pixels([one["edit"] for one in ready])
+        return look(self.model, {name: values.to(self.model.device) for name, values in pixels.items()})
 
     def ask(self, ready: Sequence[dict[str, Prepared]], features: BaseModelOutputWithPooling) -> list[Answer]:
         """The model's own boxes, in source pixels."""

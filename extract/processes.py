@@ -10,6 +10,9 @@ from multiprocessing.context import BaseContext
 FEW_SAMPLES = 512
 """Of so many samples, processes of their own cost more to start than they save."""
 
+NICE = 10
+"""By how much processes that help step back: where cores are few, the model must not wait for one."""
+
 
 def loader_context() -> BaseContext:
     """How loaders are started: not by a fork of this process, whose threads would not survive one."""
@@ -19,8 +22,9 @@ def loader_context() -> BaseContext:
 
 
 def follow_parent() -> None:
-    """End this process when its parent ends, however that happens; Ctrl-C is for the parent."""
+    """End this process when its parent ends, however that happens; Ctrl-C is for the parent, and so are the cores."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.nice(NICE)
     parent = multiprocessing.parent_process()
 
     def follow() -> None:

@@ -309,11 +309,16 @@ class Conditioner:
             "input_ids": torch.stack([pad(one.ids, self.pad_token_id) for one in prepared]),
             "attention_mask": torch.stack([pad(torch.ones_like(one.ids)) for one in prepared]),
             "position_ids": torch.stack([pad(one.positions) for one in prepared], dim=-2),
-            **{name: torch.cat([one.pixels[name] for one in prepared]) for name in prepared[0].pixels},
+            **self.pixels(prepared),
         }
         if self.family.core is not None:
             inputs["mm_token_type_ids"] = image.long()
         return Batch(inputs, image, text, query)
+
+    def pixels(self, prepared: Sequence[Prepared]) -> dict[str, torch.Tensor]:
+        """The pixels of several samples, as the model takes them."""
+        joined = {name: torch.cat([one.pixels[name] for one in prepared]) for name in prepared[0].pixels}
+        return self.family.whole(self.processor, joined) if "pixel_values" in joined else joined
 
     def batch(
         self, samples: Sequence[tuple[Image.Image, str]], padding_side: Literal["right", "left"] = "right"
