@@ -66,7 +66,7 @@ def measure(pocket: Pocket, turns: Turns) -> list[Row]:
 def memory(pocket: Pocket) -> list[Row]:
     """Peak memory of a process that extracts, over what it has when its model is loaded."""
     peak, before = _in_process(_peak, pocket.config)
-    note = "its loader has as much again as a process with torch has at least"
+    note = "one process; n = 512 of a store of any size: what waits is bounded"
     return [
         figure_row(
             "extraction", "peak memory while filling", peak / 1e6, "MB", "model loaded", before / 1e6, "less", note=note
@@ -146,7 +146,7 @@ def _sent(answer: Any, work: Any, given: tuple) -> None:
 
 
 def _peak(config: ExtractConfig) -> tuple[int, int]:
-    config = replace(config, store=f"{config.store}-memory")
+    config = replace(config, store=f"{config.store}-memory", loaders=0)
     planner, loaders = begin(config, Rank())
     plan = store.load_plan(str(config.store).removesuffix("-memory"))
     store.create(config.store, plan)

@@ -116,6 +116,14 @@ def test_a_padded_batch_gives_what_each_sample_gives_alone(processor, gqa, rows)
         torch.testing.assert_close(same, single.rows[0], rtol=0, atol=1e-5)
 
 
+def test_of_chosen_tokens_alone_the_states_are_kept_in_the_order_asked(processor, gqa):
+    batch = make_batch(processor, gqa, SAMPLES)
+    whole = single_pass(gqa, batch.inputs, layer_names(gqa)).hidden
+    keep = torch.randperm(whole.shape[1] * whole.shape[2])[:50]
+    chosen = single_pass(gqa, batch.inputs, layer_names(gqa), keep=keep).hidden
+    assert chosen.equal(whole.flatten(1, 2)[:, keep])
+
+
 def test_only_the_blocks_up_to_the_last_wanted_run(processor, gqa):
     batch = make_batch(processor, gqa, SAMPLES)
     decoder, ran = gqa.model.language_model, []

@@ -2,8 +2,6 @@
 
 import dataclasses
 import re
-import subprocess
-import sys
 
 import numpy as np
 import polars as pl
@@ -11,12 +9,13 @@ import pytest
 import torch
 
 import store
-from extract.config import PAPER, POCKET, PRESETS
+from extract.config import ABOUT_PRESETS, PAPER, POCKET, PRESETS, ExtractConfig
 from extract.estimate import UNITS, clock_time, files, parse_size, proposals
 from extract.model import find_checkpoint
 from extract.planning import Planner, wanted_layers
 from extract.run import extract
 from extract.scenes.shards import ScenesConfig, write_scenes
+from store.commandline import parse
 from store.errors import Refusal
 
 CPU = torch.device("cpu")
@@ -49,17 +48,27 @@ def samples_like(n, image, text, query, seed=0):
 
 
 def run(config, path, *more):
-    command = [sys.executable, "-m", "extract", "--preset", "pocket", "--data", config.data, "--store", str(path)]
-    return subprocess.run(
-        [*command, "--limit", "70", "--batch-size", "16", "--loaders", "0", *more], capture_output=True, text=True
-    )
+    """The command in this process: its exit code."""
+    given = [
+        "--data",
+        config.data,
+        "--store",
+        str(path),
+        "--limit",
+        "70",
+        "--batch-size",
+        "16",
+        "--loaders",
+        "0",
+        *more,
+    ]
+    return extract(parse(ExtractConfig, "extract", "", given, default=PRESETS[POCKET]))
 
 
-def test_a_dry_run_says_samples_tokens_bytes_files_and_a_time_that_was_tried(config, tmp_path):
-    done = run(config, tmp_path / "s.zarr", "--dry-run")
-    assert done.returncode == 0, done.stderr
+def test_a_dry_run_says_samples_tokens_bytes_files_and_a_time_that_was_tried(config, tmp_path, capsys):
+    assert run(config, tmp_path / "s.zarr", "--dry-run") == 0
     assert not list(tmp_path.iterdir())
-    said = done.stdout
+    said = capsys.readouterr().out
     assert re.search(r"plan: 70 samples, \d+ image and \d+ prompt tokens", said)
     for name in ("hidden/image", "hidden/text", "attention/text_to_image", "attention/text_to_text", "total", "files"):
         assert name in said
@@ -97,14 +106,13 @@ def test_every_proposal_fits_and_says_what_it_leaves_out(planner, share):
     assert whole_first == sorted(whole_first, reverse=True)
 
 
-def test_the_options_of_a_proposal_give_its_store(config, tmp_path):
-    done = run(config, tmp_path / "s.zarr", "--budget", "14MB", "--no-vlm-boxes")
-    assert done.returncode == 0, done.stderr
+def test_the_options_of_a_proposal_give_its_store(config, tmp_path, capsys):
+    assert run(config, tmp_path / "s.zarr", "--budget", "14MB", "--no-vlm-boxes") == 0
     assert not list(tmp_path.iterdir())
-    first = re.search(r"1\. (--.*)\n +([\d.]+) GB; leaves out: (.*)", done.stdout)
-    assert first, done.stdout
-    made = run(config, tmp_path / "s.zarr", *first[1].split(), "--no-vlm-boxes")
-    assert made.returncode == 0, made.stderr
+    said = capsys.readouterr().out
+    first = re.search(r"1\. (--.*)\n +([\d.]+) GB; leaves out: (.*)", said)
+    assert first, said
+    assert run(config, tmp_path / "s.zarr", *first[1].split(), "--no-vlm-boxes") == 0
     assert store.disk_usage(tmp_path / "s.zarr")["total"]["disk"] < 14.5e6
 
 
@@ -128,10 +136,7 @@ def test_the_paper_presets_default_fits_two_terabytes():
 
 
 def test_the_help_says_that_it_fits():
-    said = subprocess.run(
-        [sys.executable, "-m", "extract", "--help"], capture_output=True, text=True, check=True
-    ).stdout
-    assert "fits a 2-TB disk" in said
+    assert "fits a 2-TB disk" in " ".join(ABOUT_PRESETS.split())
 
 
 @pytest.mark.parametrize(("text", "size"), [("2TB", 2 * 10**12), ("1.5 gb", 15 * 10**8), ("300MB", 3 * 10**8)])

@@ -22,6 +22,7 @@ from extract.rows import Place, SetAside, Shards
 from extract.run import begin, extract, fill, lay_out, make_extractor
 from extract.scenes.shards import ScenesConfig, write_scenes
 from extract.workers import Rank
+from extract.writing import Elsewhere
 from store.errors import Refusal
 
 
@@ -215,6 +216,86 @@ def test_a_dead_loader_is_a_clear_refusal_and_the_same_command_goes_on(config, t
         with pytest.raises(Refusal, match="--loaders"):
             fill(extractor, loaders, "0", nothing)
     assert extract(dataclasses.replace(asked, loaders=0)) == 0
+
+
+def test_processes_that_load_and_write_give_the_store_of_one_process(config, tmp_path):
+    hashes = set()
+    for loaders in (0, 2):
+        asked = dataclasses.replace(config, store=tmp_path / f"{loaders}.zarr", loaders=loaders)
+        assert extract(asked) == 0
+        hashes.add(store.verify(asked.store).content_hash)
+    assert len(hashes) == 1
+
+
+@pytest.fixture
+def processes(config, tmp_path):
+    """Extractor and loaders of a laid-out store, with a loader process and so a writing one."""
+    asked = dataclasses.replace(config, store=tmp_path / "p.zarr", loaders=1)
+    planner, loaders = begin(asked, Rank())
+    with loaders:
+        lay_out(planner, loaders)
+        yield make_extractor(planner, store.load_plan(asked.store), Clock()), loaders
+
+
+def test_a_writing_process_that_dies_is_a_clear_refusal_and_the_run_goes_on_from_there(processes, monkeypatch):
+    extractor, loaders = processes
+    taken = []
+    take = Elsewhere.take
+
+    def die(writing, *given):
+        taken.append(1)
+        if len(taken) == 3:
+            os.kill(writing._process.pid, signal.SIGKILL)
+        return take(writing, *given)
+
+    monkeypatch.setattr(Elsewhere, "take", die)
+    with pytest.raises(Refusal, match="the writing process died"):
+        fill(extractor, loaders, "0", nothing)
+    monkeypatch.undo()
+    fill(extractor, loaders, "0", nothing)
+    assert store.verify(extractor.config.store).ok
+
+
+def test_what_a_writing_process_refuses_is_raised_here_by_name(processes):
+    extractor, loaders = processes
+    layer = extractor.model.model.language_model.layers[3]
+    hook = layer.register_forward_hook(lambda module, args, output: output.index_fill(1, torch.tensor([70]), np.nan))
+    with pytest.raises(store.BadStates, match="layer '3' is not finite"):
+        fill(extractor, loaders, "0", nothing)
+    hook.remove()
+    assert store.pending(extractor.config.store) == [0, 1]
+
+
+def test_a_worker_of_the_same_name_that_is_at_work_is_waited_for_and_then_refused(made, monkeypatch):
+    monkeypatch.setattr("extract.writing.PATIENCE", 0.3)
+    extractor, loaders = made
+    with store.Writer(extractor.config.store, "0"), pytest.raises(Refusal, match="writer named '0' is at work"):
+        fill(extractor, loaders, "0", nothing)
+    fill(extractor, loaders, "0", nothing)
+
+
+def test_asking_for_boxes_changes_no_state(config, tmp_path):
+    """The vision tower runs once for both questions."""
+    hidden = []
+    for boxes in (False, True):
+        asked = dataclasses.replace(config, store=tmp_path / f"{boxes}.zarr", limit=20, vlm_boxes=boxes)
+        assert extract(asked) == 0
+        opened = store.open(asked.store)
+        hidden.append(opened.read(range(20), ["embed", "5", "final"], "all")[0])
+        assert ("vlm_answer" in opened.samples.columns) == boxes
+    assert hidden[0].view(torch.int16).equal(hidden[1].view(torch.int16))
+
+
+def test_the_vision_tower_runs_once_a_batch(config, tmp_path):
+    asked = dataclasses.replace(config, store=tmp_path / "s.zarr", limit=20, vlm_boxes=True)
+    planner, loaders = begin(asked, Rank())
+    with loaders:
+        lay_out(planner, loaders)
+        extractor, ran = make_extractor(planner, store.load_plan(asked.store), Clock()), []
+        extractor.model.model.visual.register_forward_pre_hook(lambda *_: ran.append(1))
+        fill(extractor, loaders, "0", nothing)
+    # Two batches, and the sample that is run alone in the first.
+    assert len(ran) == 2 + len(store.open(asked.store).runs[0]["checks"])
 
 
 def test_loaders_end_when_the_process_that_started_them_is_killed(config, tmp_path):

@@ -21,7 +21,7 @@ from extract.scenes.shards import ScenesConfig, write_scenes
 from extract.workers import Rank, find_rank
 from store.errors import Refusal
 
-BLOCKS = 8
+BLOCKS = 6
 
 
 @pytest.fixture(scope="module")
@@ -83,6 +83,7 @@ def test_two_ranks_of_torchrun_share_the_blocks_and_give_the_store_of_one(config
     assert f"{config.limit}/{config.limit}" in said[0][1] and "extract:" not in said[1][1]
 
 
+@pytest.mark.slow
 def test_of_three_slurm_tasks_one_is_killed_and_the_others_do_its_blocks(config, alone, tmp_path):
     path = tmp_path / "s.zarr"
     ranks = [start(config, path, SLURM_PROCID=str(r), SLURM_NTASKS="3", SLURM_LOCALID=str(r)) for r in range(3)]
@@ -95,6 +96,7 @@ def test_of_three_slurm_tasks_one_is_killed_and_the_others_do_its_blocks(config,
     assert Counter(block for blocks in committed(path).values() for block in blocks) == dict.fromkeys(range(BLOCKS), 1)
 
 
+@pytest.mark.slow
 def test_ranks_plan_once(config, tmp_path):
     path = tmp_path / "s.zarr"
     ranks = [start(config, path, "--limit", "64", RANK=str(r), WORLD_SIZE="3") for r in range(3)]
@@ -103,6 +105,7 @@ def test_ranks_plan_once(config, tmp_path):
     assert sum("plan: 100%" in errors for _, errors in said) == 1
 
 
+@pytest.mark.slow
 def test_a_dask_cluster_of_processes_gives_the_store_of_one(config, alone, tmp_path):
     path = tmp_path / "s.zarr"
     process = start(config, path, "--dask", "local:2")
