@@ -70,7 +70,7 @@ def set_up(config: BenchConfig, scratch: Path, samples: int) -> Iterator[Pocket]
     """Draw the scenes, find or make the weights, and extract once: that gives the plan, and warms what gets warm."""
     shipped = any(WEIGHTS.glob("*.safetensors"))
     # Wishes about the whole picture have no box and are set aside.
-    scenes = ScenesConfig(scratch / "scenes", samples=2 * samples, seed=SEED)
+    scenes = ScenesConfig(scratch / f"scenes-{samples}", samples=2 * samples, seed=SEED)
     with quiet():
         write_scenes(scenes)
         folder = WEIGHTS if shipped else make_random(scratch / "random")

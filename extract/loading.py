@@ -66,7 +66,7 @@ class Loaders:
     def __init__(self, kit: Kit, processes: int):
         self.processes = processes
         if processes:
-            self._pool = ProcessPoolExecutor(processes, loader_context(), _begin, (kit,))
+            self._pool = ProcessPoolExecutor(processes, loader_context(), _begin, (kit, dict(os.environ)))
             self._kit = None
         else:
             self._pool = ThreadPoolExecutor(1, "load")
@@ -114,10 +114,11 @@ def default_processes(samples: int | None, device: torch.device, threads: int) -
 _KIT: Kit | None = None
 
 
-def _begin(kit: Kit) -> None:
+def _begin(kit: Kit, environment: dict[str, str]) -> None:
     """Set up a loader process: one thread, the kit, and an end when its parent ends, however that happens."""
     global _KIT
     _KIT = kit
+    os.environ.update(environment)
     os.environ["POLARS_MAX_THREADS"] = "1"
     torch.set_num_threads(1)
     follow_parent()

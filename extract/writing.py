@@ -5,7 +5,6 @@ asks for the interpreter, that costs a third of its speed; in a process of its o
 """
 
 import os
-import pickle
 import threading
 import time
 from collections import Counter
@@ -124,7 +123,7 @@ class Elsewhere:
     def __init__(self, job: Job):
         context = loader_context()
         (self._data, data), (self._claims, claims) = context.Pipe(), context.Pipe()
-        self._process = context.Process(target=_serve, args=(job, data, claims), daemon=True)
+        self._process = context.Process(target=_serve, args=(job, data, claims, dict(os.environ)), daemon=True)
         self._process.start()
         data.close()
         claims.close()
@@ -144,7 +143,7 @@ class Elsewhere:
         arrays = {name: np.ascontiguousarray(values) for name, values in arrays.items()}
         described = {name: (values.shape, values.dtype.str) for name, values in arrays.items()}
         try:
-            self._data.send_bytes(pickle.dumps((ran, described), pickle.HIGHEST_PROTOCOL))
+            self._data.send((ran, described))
             for values in arrays.values():
                 _send(self._data.fileno(), values)
         except OSError:
@@ -159,7 +158,7 @@ class Elsewhere:
         while self._owed:
             self._answer()
         with _Loss():
-            self._data.send_bytes(b"")
+            self._data.send(None)
         self._owed += 1
         return self._answer()
 
@@ -202,8 +201,9 @@ class _Loss:
             ) from None
 
 
-def _serve(job: Job, data: Connection, claims: Connection) -> None:
-    """The writing process."""
+def _serve(job: Job, data: Connection, claims: Connection, environment: dict[str, str]) -> None:
+    """The writing process; the server that forks it knows the environment of before (an object store's keys …)."""
+    os.environ.update(environment)
     follow_parent()
     try:
         here = Here(job)
@@ -214,8 +214,8 @@ def _serve(job: Job, data: Connection, claims: Connection) -> None:
         data.send(None)
         threading.Thread(target=_claim, args=(here, claims), daemon=True).start()
         try:
-            while message := data.recv_bytes():
-                ran, described = pickle.loads(message)
+            while message := data.recv():
+                ran, described = message
                 arrays = {name: _receive(data.fileno(), *one) for name, one in described.items()}
                 here.take(ran, arrays, lambda: None)
                 data.send(None)

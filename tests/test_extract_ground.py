@@ -123,13 +123,14 @@ def test_what_cannot_be_asked_has_a_row_that_says_why(scenes, tmp_path, capsys):
     summary, table = json.loads(capsys.readouterr().out), pl.read_parquet(out)
     problems = dict(table.select("sample_id", "problem").iter_rows())
     names = [row["omni_edit_id"] for row in rows]
-    assert set(problems) == {*names} - {names[3], names[5]}
+    assert set(problems) == {*names} - {names[3]}
     assert {name: problem for name, problem in problems.items() if problem} == {
         names[1]: TRUNCATED,
         names[2]: LONG_PROMPT,
+        names[5]: SPECIAL_TOKENS,
     }
-    assert table.filter(pl.col("problem").is_not_null())["answer"].to_list() == [None, None]
-    assert summary["set_aside"] == {EMPTY_PROMPT: 1, SPECIAL_TOKENS: 1}
+    assert table.filter(pl.col("problem").is_not_null())["answer"].to_list() == [None] * 3
+    assert summary["set_aside"] == {EMPTY_PROMPT: 1}
     assert summary["boxes"] == 5
     assert summary["n_true"] == 4  # asked, and with a true box
 

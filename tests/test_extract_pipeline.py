@@ -17,12 +17,12 @@ import store
 from extract.config import POCKET, PRESETS
 from extract.loading import CHANGED, MOVED, planned_of, prepare, rows_at
 from extract.moving import Mover
-from extract.pipeline import Clock, Filling, batches_of
+from extract.pipeline import Clock, batches_of
 from extract.rows import Place, SetAside, Shards
 from extract.run import begin, extract, fill, lay_out, make_extractor
 from extract.scenes.shards import ScenesConfig, write_scenes
 from extract.workers import Rank
-from extract.writing import Elsewhere
+from extract.writing import Elsewhere, Here
 from store.errors import Refusal
 
 
@@ -156,7 +156,7 @@ def test_an_error_in_any_stage_ends_the_run_with_it_and_leaves_no_half_block(mad
     elif when == "pass":
         monkeypatch.setattr("extract.pipeline.single_pass", fail)
     else:
-        monkeypatch.setattr("extract.pipeline.kept_arrays", fail)
+        monkeypatch.setattr("extract.writing.kept_arrays", fail)
     with pytest.raises(MemoryError, match=f"in {when}"):
         fill(extractor, loaders, "0", nothing)
     monkeypatch.undo()
@@ -331,15 +331,15 @@ def alive(pid):
 def test_what_waits_is_bounded_while_the_disk_is_slow(made, monkeypatch):
     extractor, loaders = made
     ran, handed = [], []
-    slow = Filling._add
+    slow = Here.take
 
-    def add(filling, block, done):
+    def take(writing, ran_batch, *given):
         time.sleep(0.2)
-        handed.append(len(done.samples))
-        return slow(filling, block, done)
+        handed.append(len(ran_batch.samples))
+        return slow(writing, ran_batch, *given)
 
     run = type(extractor).run
-    monkeypatch.setattr(Filling, "_add", add)
+    monkeypatch.setattr(Here, "take", take)
     ahead = []
 
     def counted(self, ready, *features):

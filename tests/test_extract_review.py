@@ -539,7 +539,7 @@ def test_what_cannot_be_reviewed_is_refused(reviewed, scenes, served, tmp_path):
     write_scenes(ScenesConfig(tmp_path / "other", samples=2, seed=9))
     (tmp_path / "empty").mkdir()
     for options, why in (
-        ({"data": "TIGER-Lab/OmniEdit-Filtered-1.2M"}, "the hub cannot be asked for one row"),
+        ({"data": "TIGER-Lab/OmniEdit-Filtered-1.2M"}, "neither a folder here nor a data set that the hub gives"),
         ({"data": str(tmp_path / "missing")}, "there are no data at .*missing"),
         ({"data": str(tmp_path / "empty")}, "no parquet shard"),
         ({"data": str(tmp_path / "other")}, "holds none of the store's samples"),
