@@ -5,9 +5,9 @@ part is dropped from what is kept. Samples are prepared one by one, without weig
 """
 
 import copy
-import io
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -79,7 +79,7 @@ class Prepared:
     source_size
         ``(width, height)`` of the picture.
     table
-        ``tokens``, or their Arrow file on the way from another process.
+        ``tokens``, or what they are on the way between this command's processes.
     """
 
     sample_id: str
@@ -95,16 +95,14 @@ class Prepared:
     @property
     def tokens(self) -> pl.DataFrame:
         """One row per kept token, in `TOKEN_SCHEMA` without ``sample``."""
-        return pl.read_ipc(self.table) if isinstance(self.table, bytes) else self.table
+        return ForkingPickler.loads(self.table) if isinstance(self.table, bytes) else self.table
 
     def __getstate__(self) -> dict[str, Any]:
         # Torch's own way to another process opens a file for every tensor, and a table is a thing of many parts that
         # the process with the model has no need to look at.
         table = self.table
         if isinstance(table, pl.DataFrame):
-            stream = io.BytesIO()
-            table.write_ipc(stream)
-            table = stream.getvalue()
+            table = bytes(ForkingPickler.dumps(table))
         return {name: _flattened(value) for name, value in vars(self).items()} | {"table": table}
 
     def __setstate__(self, state: dict[str, Any]) -> None:

@@ -18,7 +18,7 @@ from extract.capture import embed, layer_names, single_pass
 from extract.config import ExtractConfig
 from extract.families import FAMILIES, family_of
 from extract.model import find_checkpoint, identity, load_model, load_processor
-from extract.omniedit import BadSample
+from extract.omniedit import EMPTY_PROMPT, BadSample
 from extract.prompts import editing_template, native_template
 from extract.sequence import Conditioner, conditioner_for
 from store.errors import Refusal
@@ -166,7 +166,12 @@ def test_counts_are_those_of_the_sequence_and_of_the_stock_processor(name, data)
 @settings(max_examples=30, deadline=None)
 def test_the_query_tokens_spell_the_instruction_and_nothing_else(name, instruction):
     conditioner = conditioner_of(name)
-    encoded = conditioner.encode(instruction)
+    try:
+        encoded = conditioner.encode(instruction)
+    except BadSample as bad:
+        # All of it may be in a token that begins in the template, or be unknown to a tokenizer as small as these.
+        assert bad.reason == EMPTY_PROMPT and len(instruction) < 3
+        return
     pieces = encoded.ids[encoded.query].tolist()
     said = conditioner.tokenizer.decode(pieces)
     plain = conditioner.tokenizer.decode(conditioner.tokenizer(instruction, add_special_tokens=False)["input_ids"])
