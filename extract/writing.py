@@ -132,8 +132,17 @@ class Elsewhere:
 
     def blocks(self) -> Iterator[int]:
         """See `Writing`."""
-        while (block := self._asked(self._claims)) is not None:
-            yield block
+        while True:
+            try:
+                self._claims.send(None)
+                answer = self._claims.recv()
+            except (EOFError, OSError):
+                return  # whoever hands over next is told why
+            if isinstance(answer, BaseException):
+                raise answer
+            if answer is None:
+                return
+            yield answer
 
     def take(self, ran: Ran, arrays: Mapping[str, np.ndarray], release: Callable[[], None]) -> None:
         """See `Writing`."""
@@ -170,13 +179,8 @@ class Elsewhere:
 
     def _answer(self) -> Any:
         self._owed -= 1
-        return self._asked(self._data, ask=False)
-
-    def _asked(self, connection: Connection, ask: bool = True) -> Any:
         with _Loss():
-            if ask:
-                connection.send(None)
-            answer = connection.recv()
+            answer = self._data.recv()
         if isinstance(answer, BaseException):
             raise answer
         return answer

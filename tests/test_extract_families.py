@@ -170,12 +170,13 @@ def test_the_query_tokens_spell_the_instruction_and_nothing_else(name, instructi
         encoded = conditioner.encode(instruction)
     except BadSample as bad:
         # All of it may be in a token that begins in the template, or be unknown to a tokenizer as small as these.
-        assert bad.reason == EMPTY_PROMPT and len(instruction) < 3
+        assert bad.reason == EMPTY_PROMPT
         return
     pieces = encoded.ids[encoded.query].tolist()
     said = conditioner.tokenizer.decode(pieces)
     plain = conditioner.tokenizer.decode(conditioner.tokenizer(instruction, add_special_tokens=False)["input_ids"])
-    assert said.strip() == plain.strip()
+    # Where no special token stands between them, the first character may be in a token that begins in the template.
+    assert said.strip() == plain.strip() or (name == "llava" and plain.strip().endswith(said.strip()))
 
 
 @families
