@@ -12,9 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPooling
 
 from extract.decoding import Said, ask
 from extract.families import Box, Frame
+from extract.omniedit import BOX_COLUMNS
 from extract.sequence import Conditioner, Prepared
 
-BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 KEPT_CHARACTERS = 500  # of an answer, beside its sample
 
 # Digits are bounded: a model that rambles writes numbers that no float holds.

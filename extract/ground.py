@@ -19,10 +19,10 @@ from torch import nn
 from tqdm import tqdm
 from transformers import AutoConfig
 
-from extract.boxes import BOX_COLUMNS, count_problems, generate_boxes
+from extract.boxes import count_problems, generate_boxes
 from extract.config import POCKET, ExtractConfig
-from extract.model import find_checkpoint, identity, load_model, load_processor
-from extract.omniedit import BadSample, Sample, decode, read
+from extract.model import find_checkpoint, find_device, identity, load_model, load_processor
+from extract.omniedit import BOX_COLUMNS, BadSample, Sample, decode, read
 from extract.planning import LONG_PROMPT
 from extract.rows import SetAside, Shards
 from extract.scoring import centre_boxes, score_boxes
@@ -54,7 +54,7 @@ class GroundConfig:
     """
 
     data: str
-    """Folder of parquet shards in OmniEdit's columns, one shard, or a hub id (streamed)."""
+    """Folder of parquet shards in OmniEdit's columns, one shard, or a hub id (read by place, never whole)."""
     out: Path
     """Folder of the table, such as boxes.parquet (made if missing)."""
     model: str = POCKET
@@ -274,10 +274,7 @@ def go_past(samples: Iterator[Sample], done: pl.DataFrame, config: GroundConfig)
 def ground(config: GroundConfig) -> int:
     """Ask for all boxes that the table lacks and say how many there are; see `GroundConfig`."""
     began = time.perf_counter()
-    available = "cuda" if torch.cuda.is_available() else "cpu"
-    device = torch.device(available if config.device == "auto" else config.device)
-    if device.type == "cuda" and available == "cpu":
-        raise Refusal("--device cuda: torch sees no CUDA device on this machine; --device cpu works everywhere")
+    device = find_device(config.device)
     if config.threads:
         torch.set_num_threads(config.threads)
     grounder = Grounder(config, find_checkpoint(config.model, config.revision), device)

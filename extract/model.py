@@ -51,6 +51,25 @@ def find_checkpoint(model: str, revision: str | None = None) -> Path:
     return folder
 
 
+def find_device(asked: str, local: int = 0) -> torch.device:
+    """Where a model runs (``asked``: auto, cuda or cpu); of several GPUs, that of a machine's ``local``-th process.
+
+    Raises
+    ------
+    Refusal
+        A GPU is asked for and torch sees none.
+    """
+    available = "cuda" if torch.cuda.is_available() else "cpu"
+    kind = available if asked == "auto" else asked
+    if kind == "cuda" and available == "cpu":
+        raise Refusal("--device cuda: torch sees no CUDA device on this machine; --device cpu works everywhere")
+    if kind == "cpu":
+        return torch.device("cpu")
+    device = torch.device("cuda", local % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
 def load_processor(folder: Path, max_pixels: int | None = None) -> ProcessorMixin:
     """The checkpoint's processor, shrinking pictures to ``max_pixels`` where that is given.
 

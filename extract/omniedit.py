@@ -5,7 +5,7 @@ says why; nothing is skipped silently and one bad row never ends a read.
 """
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from io import BytesIO
@@ -16,6 +16,8 @@ import numpy as np
 from PIL import Image
 
 from extract.rows import NOT_EXTRA, REQUIRED, Place, SetAside, Shards
+
+BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 
 NO_ID, DUPLICATE = "no id", "duplicate id"
 EMPTY_PROMPT, SPECIAL_TOKENS = "empty prompt", "prompt contains special tokens"
@@ -151,12 +153,6 @@ def checked(
             good += 1
             if good == limit:
                 return
-
-
-def samples_at(shards: Shards, places: Sequence[Place], checks: Checks) -> Iterator[Sample | SetAside]:
-    """The rows at ``places``, in the order asked, as `checked` gives them; only what they need is read."""
-    for place, row in zip(places, shards.rows(places), strict=True):
-        yield row if isinstance(row, SetAside) else judged(row, place, checks)
 
 
 def judged(row: Mapping[str, Any], place: Place, checks: Checks) -> Sample | SetAside:

@@ -25,13 +25,12 @@ from extract.capture import Pass, look, single_pass
 from extract.config import ExtractConfig
 from extract.loading import Loaders, Planned, planned_of, prepare, rows_at
 from extract.moving import Mover, Moving
-from extract.omniedit import AREA
+from extract.omniedit import AREA, BOX_COLUMNS
 from extract.rows import Place, Shards
 from extract.sequence import Batch, Conditioner, Prepared
 from extract.writing import Ran, Writing
 from store.errors import Refusal
 
-BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 NO_ANSWER = "the model gave no box"
 NOT_THERE_FIRST = "it has no states of the layers that were there first"
 WAITING = 2  # batches that have run and wait to be written

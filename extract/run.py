@@ -15,7 +15,7 @@ from extract.cluster import fill_on_cluster
 from extract.config import ExtractConfig
 from extract.estimate import foresee
 from extract.loading import Loaders, default_processes
-from extract.model import find_checkpoint, load_model
+from extract.model import find_checkpoint, find_device, load_model
 from extract.pipeline import TOLERANCE, Clock, Extractor, Filling
 from extract.planning import Planner, read_plan, selection
 from extract.summary import print_plan, print_summary
@@ -58,24 +58,11 @@ def extract(config: ExtractConfig) -> int:
 
 def begin(config: ExtractConfig, rank: Rank) -> tuple[Planner, Loaders]:
     """What every process of an extraction has: the checkpoint and its device, and loaders (to be closed)."""
-    device = find_device(config, rank)
+    device = find_device(config.device, rank.local)
     if config.threads:
         torch.set_num_threads(config.threads)
     planner = Planner(config, find_checkpoint(config.model, config.revision), device)
     return planner, Loaders(planner.kit(), loader_processes(config, device))
-
-
-def find_device(config: ExtractConfig, rank: Rank) -> torch.device:
-    """Where the model runs; of several GPUs, the one of this process."""
-    available = "cuda" if torch.cuda.is_available() else "cpu"
-    kind = available if config.device == "auto" else config.device
-    if kind == "cuda" and available == "cpu":
-        raise Refusal("--device cuda: torch sees no CUDA device on this machine; --device cpu works everywhere")
-    if kind == "cpu":
-        return torch.device("cpu")
-    device = torch.device("cuda", rank.local % torch.cuda.device_count())
-    torch.cuda.set_device(device)
-    return device
 
 
 def loader_processes(config: ExtractConfig, device: torch.device) -> int:

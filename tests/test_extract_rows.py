@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from test_extract_omniedit import row as good_row
 
-from extract.omniedit import Checks, Sample, read, samples_at
+from extract.omniedit import Checks, Sample, judged, read
 from extract.rows import Place, SetAside, Shards
 from store.errors import Refusal
 
@@ -219,7 +219,8 @@ def test_a_huge_row_group_is_not_held_whole(tmp_path):
 
 def test_samples_by_place_pass_the_checks_of_the_read(tmp_path):
     write(tmp_path / "a.parquet", [good_row(0), good_row(1, edited_prompt_list=[]), good_row(2)])
-    by_place = list(samples_at(Shards(tmp_path), [Place("a.parquet", number) for number in (2, 1, 0)], Checks()))
+    places = [Place("a.parquet", number) for number in (2, 1, 0)]
+    by_place = [judged(row, place, Checks()) for place, row in zip(places, Shards(tmp_path).rows(places), strict=True)]
     assert [item.sample_id for item in by_place] == ["id2", "id1", "id0"]
     in_order = list(read(tmp_path))
     assert by_place[1] == in_order[1]

@@ -18,6 +18,7 @@ from typing import Any
 
 import polars as pl
 
+from extract.omniedit import BOX_COLUMNS
 from store.errors import Refusal
 
 Box = tuple[float, float, float, float]
@@ -25,7 +26,6 @@ Box = tuple[float, float, float, float]
 ACCEPTED, FIXED, REJECTED = VERDICTS = ("accepted", "fixed", "rejected")
 WITHDRAWN = "withdrawn"
 BOUND = 1e9  # no picture is as large; a JSON number may be any, even one that no float holds
-BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 SCHEMA = {
     "sample_id": pl.String,
     "verdict": pl.String,
