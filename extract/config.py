@@ -29,8 +29,8 @@ class ExtractConfig:
     revision: str | None = None
     """Revision of the hub id."""
     data: str = "data/scenes"
-    """Folder of parquet shards in OmniEdit's columns, one shard, or a hub id (read by place, never whole). The pocket preset's own
-    folder is drawn if it is missing."""
+    """Folder of parquet shards in OmniEdit's columns, one shard, or a hub id (read by place, never whole). The pocket
+    preset's own folder is drawn if it is missing."""
     store: str = "data/store.zarr"
     """Folder of the store, or a URL such as s3://bucket/name.zarr (made if missing)."""
     grow: bool = False
