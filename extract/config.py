@@ -11,6 +11,9 @@ from store.errors import Refusal
 POCKET = "pocket"
 PAPER = "paper"
 SCENES_SEED = 1
+RANDOM_WEIGHTS, SHUFFLED_IMAGES = "random-weights", "shuffled-images"
+STORES = {POCKET: "data/store.zarr", PAPER: "data/store-paper.zarr"}
+"""Where a preset's store lies if no other place is given."""
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,23 @@ class ExtractConfig:
     data: str = "data/scenes"
     """Folder of parquet shards in OmniEdit's columns, one shard, or a hub id (read by place, never whole). The pocket
     preset's own folder is drawn if it is missing."""
-    store: str = "data/store.zarr"
-    """Folder of the store, or a URL such as s3://bucket/name.zarr (made if missing)."""
+    store: str = STORES[POCKET]
+    """Folder of the store, or a URL such as s3://bucket/name.zarr (made if missing). A control's own is beside the
+    preset's: data/store-random-weights.zarr, data/store-shuffled-images.zarr."""
+    control: Literal["none", "random-weights", "shuffled-images"] = "none"
+    """A floor for what is read from the ordinary store, of the very same samples. random-weights: the same model with
+    weights drawn anew (seed 0) by its own class; what a probe reads there is not learned. shuffled-images: every
+    sample is shown the picture of another of its split (seed 0; column ``shown``), its box keeps its shares of the
+    picture; what a probe reads there is not seen. Neither is asked for boxes: where the data bring none, give
+    ``--boxes``."""
     grow: bool = False
     """Add to a store that is there the samples and layers of this command that it lacks; nothing in it is touched."""
     limit: int | None = 4096
     """Number of good samples to take; the data are read until so many are found or they end."""
-    prompt: Literal["first", "last", "random"] = "first"
-    """Which of a row's instructions: the first, the last, or one drawn from the seed."""
+    prompt: Literal["first", "last", "random"] | int = "first"
+    """Which of a row's instructions: the first, the last, or one drawn from the seed. A number is a paraphrase of the
+    first: 1 is the next that words it otherwise, 2 the one after, and so on around; a row with one wording is set
+    aside. 0 is the first."""
     shuffle: bool = False
     """Read the data in a random order (OmniEdit is sorted by task)."""
     seed: int = 0
@@ -108,6 +120,16 @@ class ExtractConfig:
 
     def __post_init__(self):
         """Refuse numbers that make no sense."""
+        if self.control != "none" and self.store in STORES.values():
+            own = self.store.removesuffix(".zarr") + f"-{self.control}.zarr"
+            object.__setattr__(self, "store", own)  # the ordinary store is what a control is compared with
+        if self.control == SHUFFLED_IMAGES and self.grow:
+            raise Refusal(
+                "--grow --control shuffled-images: with more samples each would be shown another picture; make a new "
+                "store"
+            )
+        if isinstance(self.prompt, int) and self.prompt < 0:
+            raise Refusal(f"--prompt {self.prompt}: give 0 (the first), 1 (its first paraphrase) or more")
         if self.loaders is not None and self.loaders < 0:
             raise Refusal(f"--loaders {self.loaders}: give 0 or more")
         for name in ("limit", "max_prompt_tokens", "max_pixels", "max_new_tokens", "batch_size", "threads"):
@@ -123,6 +145,11 @@ class ExtractConfig:
         if not 0 <= self.min_area < self.max_area <= 1:
             raise Refusal(f"--min-area {self.min_area} --max-area {self.max_area}: give shares, the first the smaller")
 
+    @property
+    def asks_boxes(self) -> bool:
+        """Whether the model is asked for boxes; a control's cannot know where its own sample's is."""
+        return self.vlm_boxes and self.control == "none"
+
 
 PRESETS: dict[str, ExtractConfig] = {
     POCKET: ExtractConfig(preset=POCKET, max_new_tokens=40, threads=1),
@@ -130,7 +157,7 @@ PRESETS: dict[str, ExtractConfig] = {
         preset=PAPER,
         model="Qwen/Qwen2.5-VL-7B-Instruct",
         data="TIGER-Lab/OmniEdit-Filtered-1.2M",
-        store="data/store-paper.zarr",
+        store=STORES[PAPER],
         limit=128_000,
         shuffle=True,
         tokens="text",

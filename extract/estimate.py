@@ -12,7 +12,7 @@ import torch
 import store
 from extract.config import ExtractConfig
 from extract.loading import Loaders, planned_of, prepare, rows_at
-from extract.model import load_model
+from extract.model import model_for
 from extract.pipeline import Clock, Extractor, batches_of
 from extract.planning import Planner, read_plan, wanted_layers
 from extract.rows import Place, Shards
@@ -73,7 +73,7 @@ def clock_time(seconds: float) -> str:
 def probe(planner: Planner, loaders: Loaders, plan: store.Plan) -> dict[str, float]:
     """Seconds a sample of each stage that works beside the others, over the first batches of the plan."""
     config = planner.config
-    model = load_model(planner.folder, planner.device, getattr(torch, config.dtype))
+    model = model_for(config, planner.folder, planner.device)
     extractor = Extractor(config, model, planner.conditioner, planner.grounder, plan, Clock())
     shards, planned = Shards(config.data), planned_of(plan.samples)
     batches = [batch for b in range(plan.n_blocks) for batch in batches_of(plan, b, config.batch_size)][: PROBED + 1]

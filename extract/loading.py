@@ -14,6 +14,7 @@ import polars as pl
 import torch
 
 from extract.boxes import Box
+from extract.control import SHOWN
 from extract.omniedit import BadSample, Checks, judged
 from extract.processes import FEW_SAMPLES, follow_parent, loader_context
 from extract.rows import Place, SetAside, Shards
@@ -37,6 +38,8 @@ class Planned(NamedTuple):
     width: int
     height: int
     image_crc32c: int
+    shown: str
+    """The sample whose picture it is shown: itself, but in a control."""
 
 
 @dataclass(frozen=True)
@@ -145,14 +148,17 @@ def _prepared(
         sample = row if isinstance(row, SetAside) else judged(row[1], row[0], kit.checks)
         if isinstance(sample, SetAside):
             raise BadSample(sample.reason, sample.detail)
-        if sample.sample_id != planned.sample_id:
+        if sample.sample_id != planned.shown:
             raise BadSample(MOVED)
-        found = Planned(*planned[:1], sample.instruction, sample.width, sample.height, crc_of(sample.source))
+        own = planned.shown == planned.sample_id
+        instruction = sample.instruction if own else planned.instruction
+        picture = sample.width, sample.height, crc_of(sample.source), planned.shown
+        found = Planned(planned.sample_id, instruction, *picture)
         if found != planned:
             raise BadSample(CHANGED)
         made, pixels = {}, None
         for purpose, conditioner in conditioners.items():
-            made[purpose] = conditioner.prepare(sample.image, sample.instruction, sample.sample_id, pixels)
+            made[purpose] = conditioner.prepare(sample.image, instruction, planned.sample_id, pixels)
             # All are asked of the same picture, which travels once.
             pixels = made[purpose].pixels
         return {
@@ -178,7 +184,8 @@ def crc_of(source: bytes) -> int:
 
 def planned_of(samples: pl.DataFrame) -> list[Planned]:
     """What a plan's samples table says of each sample."""
-    return [Planned(*row) for row in samples.select(Planned._fields).iter_rows()]
+    own = {} if SHOWN in samples.columns else {SHOWN: pl.col("sample_id")}
+    return [Planned(*row) for row in samples.with_columns(**own).select(Planned._fields).iter_rows()]
 
 
 def rows_at(shards: Shards, places: Sequence[Place]) -> list[Row]:

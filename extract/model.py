@@ -12,7 +12,8 @@ from huggingface_hub import snapshot_download
 from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 from transformers import AutoConfig, PreTrainedModel, ProcessorMixin
 
-from extract.config import POCKET, ExtractConfig
+from extract.config import POCKET, RANDOM_WEIGHTS, ExtractConfig
+from extract.control import CONTROL_SEED
 from extract.families import FAMILIES, family_of
 from extract.pocket.build import WEIGHTS
 from extract.sequence import Conditioner
@@ -94,6 +95,37 @@ def load_model(folder: Path, device: torch.device, dtype: torch.dtype = torch.bf
     return model.to(device).eval()
 
 
+def draw_model(
+    folder: Path, device: torch.device, dtype: torch.dtype = torch.bfloat16, seed: int = CONTROL_SEED
+) -> PreTrainedModel:
+    """The checkpoint's architecture on ``device``, in evaluation mode, its weights drawn anew by the class itself.
+
+    They are made where they are used, in ``dtype``, so that the largest model fits; the same seed, device and version
+    of torch give the same bits. Nobody else's random numbers are touched.
+
+    Raises
+    ------
+    Refusal
+        The class's initialisation leaves weights that are not finite, or embeddings that are zero throughout.
+    """
+    config = AutoConfig.from_pretrained(folder)
+    with torch.random.fork_rng([device] if device.type == "cuda" else []), device:
+        torch.manual_seed(seed)
+        model = family_of(config).model_class._from_config(config, dtype=dtype, attn_implementation=ATTENTION_KERNEL)
+    broken = next((name for name, weight in model.named_parameters() if not weight.isfinite().all()), None)
+    if broken is None and not model.get_input_embeddings().weight.any():
+        broken = "the embedding of tokens"
+    if broken is not None:
+        raise Refusal(f"--control random-weights: {type(model).__name__} of {folder} leaves {broken} without values")
+    return model.to(device).eval()
+
+
+def model_for(config: ExtractConfig, folder: Path, device: torch.device) -> PreTrainedModel:
+    """The model that an extraction runs: the checkpoint's, or the control's."""
+    made = draw_model if config.control == RANDOM_WEIGHTS else load_model
+    return made(folder, device, getattr(torch, config.dtype))
+
+
 @cache
 def file_hash(path: Path) -> str:
     """The sha256 (hex) of a file."""
@@ -101,21 +133,40 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def identity(folder: Path, conditioner: Conditioner, config: ExtractConfig, device: torch.device) -> dict:
-    """Everything that determines the bytes of the states, JSON-able; two stores of one identity may be joined."""
-    editor = conditioner.editor
+def weight_hashes(folder: Path, drawn: bool) -> dict[str, str]:
+    """The sha256 (hex) by name of the files that decide the weights; of ``drawn`` ones that is the configuration."""
+    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+    return {name: file_hash(folder / name) for name in names if not drawn or name == "config.json"}
+
+
+def processor_settings(conditioner: Conditioner) -> dict:
+    """The image processor's settings that pixels depend on, JSON-able."""
     image = conditioner.processor.image_processor
     described = {name: getattr(image, name) for name in conditioner.family.settings}
     for name in ("size", "crop_size"):
         if name in described:
             described[name] = {edge: int(value) for edge, value in dict(described[name]).items() if value is not None}
-    names = sorted(p.name for p in folder.iterdir() if p.suffix == ".safetensors" or p.name == "config.json")
+    return json.loads(json.dumps(described, default=lambda v: list(v) if isinstance(v, tuple) else str(v)))
+
+
+def library_versions(conditioner: Conditioner) -> dict[str, str]:
+    """Versions of the libraries that matter; an editor's way with the picture is diffusers'."""
+    return {name: version(name) for name in (*LIBRARIES, *(["diffusers"] if conditioner.editor else []))}
+
+
+def identity(folder: Path, conditioner: Conditioner, config: ExtractConfig, device: torch.device) -> dict:
+    """Everything that determines the bytes of the states, JSON-able; two stores of one identity may be joined.
+
+    A control's has a key ``control`` with its name and seed; of drawn weights no checkpoint's hash is named.
+    """
+    editor = conditioner.editor
+    control = {} if config.control == "none" else {"control": {"name": config.control, "seed": CONTROL_SEED}}
     return {
         "model": config.model if config.model == POCKET or not Path(config.model).exists() else Path(config.model).name,
         "revision": config.revision,
-        "weights": {name: file_hash(folder / name) for name in names},
+        "weights": weight_hashes(folder, config.control == RANDOM_WEIGHTS),
         "tokenizer": file_hash(folder / "tokenizer.json"),
-        "processor": json.loads(json.dumps(described, default=lambda v: list(v) if isinstance(v, tuple) else str(v))),
+        "processor": processor_settings(conditioner),
         "conditioning": "native" if editor is None else editor.name,
         "template": conditioner.template,
         "positions": conditioner.positions,
@@ -126,6 +177,6 @@ def identity(folder: Path, conditioner: Conditioner, config: ExtractConfig, devi
         # Padding and the split of work over threads change the last bit of a sum.
         "batch_size": config.batch_size,
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
-        # An editor's way with the picture is diffusers'.
-        "libraries": {name: version(name) for name in (*LIBRARIES, *(["diffusers"] if editor else []))},
+        "libraries": library_versions(conditioner),
+        **control,
     }

@@ -21,6 +21,7 @@ BOX_COLUMNS = ("x1", "y1", "x2", "y2")
 
 NO_ID, DUPLICATE = "no id", "duplicate id"
 EMPTY_PROMPT, SPECIAL_TOKENS = "empty prompt", "prompt contains special tokens"
+ONE_PROMPT = "no other wording of the prompt"
 UNDECODABLE, TRUNCATED = "image cannot be decoded", "image truncated"
 ABSURD_SIZE = "absurd size"
 SIZE_DISAGREES = "width/height disagree with the image"
@@ -83,7 +84,7 @@ class Sample:
 class Checks:
     """What `sample_of` demands of a row."""
 
-    prompt: Literal["first", "last", "random"] = "first"
+    prompt: Literal["first", "last", "random"] | int = "first"
     seed: int = 0
     min_area: float = 0.001
     max_area: float = 0.9
@@ -95,7 +96,7 @@ def read(
     data: str | Path,
     limit: int | None = None,
     *,
-    prompt: Literal["first", "last", "random"] = "first",
+    prompt: Literal["first", "last", "random"] | int = "first",
     seed: int = 0,
     shuffle: bool = False,
     min_area: float = 0.001,
@@ -114,7 +115,8 @@ def read(
         Stop after so many `Sample`; null reads all.
     prompt
         Which of a row's non-blank prompts: the first, the last, or one drawn from ``seed`` and the sample's id,
-        so that the draw does not depend on the order of reading.
+        so that the draw does not depend on the order of reading. A number ``n``: the ``n``-th paraphrase of the
+        first, around its other wordings (0: the first itself).
     seed, shuffle
         OmniEdit is sorted by task. The shuffled order is a function of the data and ``seed`` alone; see
         `Shards.walk`.
@@ -211,6 +213,11 @@ def choose_prompt(prompts: Any, sample_id: str, checks: Checks) -> str:
     usable = [text.strip() for text in prompts if isinstance(text, str) and text.strip()]
     if not usable:
         raise BadSample(EMPTY_PROMPT)
+    if isinstance(checks.prompt, int):
+        others = [text for text in dict.fromkeys(usable) if text != usable[0]]
+        if checks.prompt and not others:
+            raise BadSample(ONE_PROMPT)
+        return others[(checks.prompt - 1) % len(others)] if checks.prompt else usable[0]
     digest = hashlib.sha256(f"{checks.seed} {sample_id}".encode()).digest()
     drawn = int.from_bytes(digest[:8], "big") % len(usable)
     return usable[{"first": 0, "last": -1, "random": drawn}[checks.prompt]]

@@ -89,7 +89,7 @@ class Extractor:
     @property
     def asks_boxes(self) -> bool:
         """Whether the model is asked for boxes, too: of samples, not once more of layers that are added."""
-        return self.config.vlm_boxes and not self.plan.part
+        return self.config.asks_boxes and not self.plan.part
 
     @property
     def purposes(self) -> tuple[str, ...]:

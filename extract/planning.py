@@ -17,7 +17,8 @@ from transformers import AutoConfig
 
 import store
 from extract.capture import EMBED, FINAL
-from extract.config import POCKET, PRESETS, SCENES_SEED, ExtractConfig
+from extract.config import POCKET, PRESETS, SCENES_SEED, SHUFFLED_IMAGES, ExtractConfig
+from extract.control import show_others
 from extract.families import family_of
 from extract.loading import Kit, Loaders, crc_of
 from extract.model import identity, load_processor
@@ -133,7 +134,7 @@ class Planner:
 
     def kit(self) -> Kit:
         """What loaders need."""
-        conditioners = {"edit": self.conditioner} | ({"ground": self.grounder} if self.config.vlm_boxes else {})
+        conditioners = {"edit": self.conditioner} | ({"ground": self.grounder} if self.config.asks_boxes else {})
         boxes = {} if self.config.boxes is None else boxes_by_id(self.config.boxes)
         return Kit(checks_of(self.config), conditioners, getattr(torch, self.config.dtype), boxes)
 
@@ -223,7 +224,8 @@ def read_plan(config: ExtractConfig, loaders: Loaders) -> tuple[pl.DataFrame, pl
         raise Refusal(f"--data {config.data}: no sample can be used ({reasons or 'it has no rows'})")
     samples = pl.DataFrame(rows, schema=SAMPLE_SCHEMA, orient="row")
     brought = pl.DataFrame(extras, infer_schema_length=None)
-    return samples.hstack(brought.rename(free_name)), set_aside
+    samples = samples.hstack(brought.rename(free_name))
+    return (show_others(samples) if config.control == SHUFFLED_IMAGES else samples), set_aside
 
 
 def free_name(brought: str) -> str:
@@ -265,6 +267,12 @@ def judge(
                     raise BadSample(REJECTED)
                 if box is None and not config.vlm_boxes:
                     raise BadSample(NO_BOX, "the data bring none and --no-vlm-boxes was given")
+                if box is None and not config.asks_boxes:
+                    raise Refusal(
+                        f"sample {found.sample_id!r} brings no box, and --control {config.control} asks no model for "
+                        "one: give --boxes FILE, or --no-vlm-boxes to set such rows aside (as the ordinary store then "
+                        "must, too)"
+                    )
                 values = (
                     found.sample_id,
                     found.task,
@@ -290,7 +298,8 @@ def selection(config: ExtractConfig) -> dict[str, Any]:
     names = ("limit", "prompt", "shuffle", "seed", "min_area", "max_area", "held_out", "max_prompt_tokens")
     asked = {name: getattr(config, name) for name in (*names, "vlm_boxes", "queries")}
     looked_at = None if config.boxes is None else hash_json(boxes_by_id(config.boxes))
-    return asked | {"data": Shards(config.data).fingerprint(), "boxes": looked_at}
+    shown = {"control": config.control} if config.control == SHUFFLED_IMAGES else {}
+    return asked | {"data": Shards(config.data).fingerprint(), "boxes": looked_at} | shown
 
 
 def reasons_of(set_aside: pl.DataFrame) -> dict[str, int]:

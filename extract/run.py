@@ -15,7 +15,7 @@ from extract.cluster import fill_on_cluster
 from extract.config import ExtractConfig
 from extract.estimate import foresee
 from extract.loading import Loaders, default_processes
-from extract.model import find_checkpoint, find_device, load_model
+from extract.model import find_checkpoint, find_device, model_for
 from extract.pipeline import TOLERANCE, Clock, Extractor, Filling
 from extract.planning import Planner, read_plan, selection
 from extract.summary import print_plan, print_summary
@@ -122,7 +122,7 @@ def planned_before(config: ExtractConfig, chosen: dict) -> tuple[pl.DataFrame | 
 def make_extractor(planner: Planner, plan: store.Plan, clock: Clock) -> Extractor:
     """Load the model."""
     with clock("load"):
-        model = load_model(planner.folder, planner.device, getattr(torch, planner.config.dtype))
+        model = model_for(planner.config, planner.folder, planner.device)
     return Extractor(planner.config, model, planner.conditioner, planner.grounder, plan, clock)
 
 
