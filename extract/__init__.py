@@ -7,6 +7,7 @@ box. What it writes is a `store`; nothing here is needed to read one.
 The way through
 ---------------
 ``config``      ``ExtractConfig``: every setting, and the presets ``pocket`` and ``paper``
+``control``     the ordinary samples with one thing taken away (``--control``)
 ``model``       a checkpoint found, loaded, and named exactly (the store's identity)
 ``sources``     where shards lie: a folder here, or the hub
 ``rows``        their rows, walked or taken by place
@@ -25,9 +26,28 @@ The way through
 ``workers``     which of many processes this is; ``cluster`` spreads blocks over Dask
 ``estimate``    sizes and time before anything is written (``--dry-run``, ``--budget``); ``summary`` afterwards
 ``run``         plan → pass → store → verify
+``encoder``     ``Encoder``: the same pass for a picture at hand, without a store
 ``ground``      boxes alone, without a store (``python -m extract.ground``)
 
 ``scenes``      pictures with exact boxes, drawn here, in OmniEdit's columns (``python -m extract.scenes``)
 ``review``      boxes verified by a person on a local page (``python -m extract.review``)
 ``pocket``      a small real Qwen2.5-VL, trained here (``python -m extract.pocket``)
+
+>>> encoder = extract.Encoder.of(store.open(path).identity)                # doctest: +SKIP
+>>> states, mask = encoder.read("picture.png", "Remove the second ball from the left.", "6", "instruction")
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from extract.encoder import Encoder
+
+__all__ = ["Encoder"]
+
+
+def __getattr__(name: str) -> Any:
+    # On demand, so that the --help of every command stays instant.
+    if name not in __all__:
+        raise AttributeError(f"module 'extract' has no attribute {name!r}")
+    return getattr(importlib.import_module("extract.encoder"), name)

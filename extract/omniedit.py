@@ -239,12 +239,17 @@ def open_image(encoded: bytes) -> tuple[Image.Image, int]:
         raise BadSample(ABSURD_SIZE, str(error)) from error
     except Exception as error:  # Pillow's readers raise many kinds on damaged headers
         raise BadSample(UNDECODABLE, type(error).__name__) from error
+    return picture, checked_picture(picture, encoded)
+
+
+def checked_picture(picture: Image.Image, encoded: bytes = b"") -> int:
+    """How an opened picture is turned (see `open_image`), its size and mode found sane (raises `BadSample`)."""
     short, long = sorted(picture.size)
     if short < MIN_SIDE or long > MAX_SIDE or long > MAX_ASPECT * short or short * long > MAX_PIXELS:
         raise BadSample(ABSURD_SIZE, f"{picture.width}×{picture.height}")
     if picture.mode not in IMAGE_MODES:
         raise BadSample(UNDECODABLE, f"mode {picture.mode}")
-    return picture, orientation(picture, encoded)
+    return orientation(picture, encoded)
 
 
 def orientation(picture: Image.Image, encoded: bytes) -> int:

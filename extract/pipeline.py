@@ -166,7 +166,7 @@ def row_mode(plan: store.Plan) -> str:
 
 def kept_tokens(batch: Batch, kinds: Sequence[str]) -> tuple[torch.Tensor, torch.Tensor]:
     """Counts ``[b, kind]`` of kept tokens, and their places among the batch's: by sample, then kind, then position."""
-    masks = {"image": batch.image_mask, "text": batch.text_mask}
+    masks = batch.masks
     masks_bkt = torch.stack([masks[kind] for kind in kinds], dim=1)
     sample, _, position = masks_bkt.nonzero(as_tuple=True)
     return masks_bkt.sum(2), sample * masks_bkt.shape[2] + position

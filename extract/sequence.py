@@ -153,6 +153,13 @@ class Batch:
     text_mask: torch.Tensor
     query_mask: torch.Tensor
 
+    @property
+    def masks(self) -> dict[str, torch.Tensor]:
+        """The kept tokens by kind, bool ``[b, t]``: of the token table's, and ``text`` (all but the image's)."""
+        template = self.text_mask & ~self.query_mask
+        kinds = (self.image_mask, self.text_mask, self.query_mask, template)
+        return dict(zip(("image", "text", "instruction", "template"), kinds, strict=True))
+
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch with every tensor on ``device``."""
         inputs = {name: tensor.to(device, non_blocking=True) for name, tensor in self.inputs.items()}
