@@ -15,9 +15,12 @@ from typing import Any, Literal
 import numpy as np
 from PIL import Image
 
-from extract.rows import NOT_EXTRA, REQUIRED, Place, SetAside, Shards
+from extract.rows import NOT_EXTRA, OBJECTS, REQUIRED, Place, SetAside, Shards
 
 BOX_COLUMNS = ("x1", "y1", "x2", "y2")
+
+STRATA = ("n_objects", "object_kind", "object_colour")
+"""Columns of samples whose data list the objects of a picture; a column that the data have by that name is kept."""
 
 NO_ID, DUPLICATE = "no id", "duplicate id"
 EMPTY_PROMPT, SPECIAL_TOKENS = "empty prompt", "prompt contains special tokens"
@@ -184,6 +187,8 @@ def sample_of(row: Mapping[str, Any], place: Place, checks: Checks) -> Sample:
     width, height = measured_size(picture, turned, row.get("width"), row.get("height"))
     box = checked_box(row.get("box"), width, height, checks)
     extra = {key: value for key, value in row.items() if key not in NOT_EXTRA}
+    if isinstance(extra.get(OBJECTS), list):
+        extra = strata_of(extra.pop(OBJECTS), box) | extra
     edited = image_bytes(row.get("edited_img")) if checks.edited else None
     if checks.pixels:
         # Kept decoded pictures would fill the memory of whoever collects samples. At an eighth of its size a JPEG is
@@ -221,6 +226,16 @@ def choose_prompt(prompts: Any, sample_id: str, checks: Checks) -> str:
     digest = hashlib.sha256(f"{checks.seed} {sample_id}".encode()).digest()
     drawn = int.from_bytes(digest[:8], "big") % len(usable)
     return usable[{"first": 0, "last": -1, "random": drawn}[checks.prompt]]
+
+
+def strata_of(objects: list, box: tuple[float, float, float, float] | None) -> dict[str, Any]:
+    """By what results are told apart: how many objects a picture holds, and what the one in the sample's box is.
+
+    Kind and colour are null where the box is of none of them, as of what is to be added.
+    """
+    found = (one for one in objects if one is not None and box is not None and tuple(one["box"] or ()) == box)
+    edited = next(found, {})
+    return dict(zip(STRATA, (len(objects), edited.get("kind"), edited.get("colour")), strict=True))
 
 
 def image_bytes(cell: Any) -> bytes:

@@ -22,7 +22,7 @@ from extract.control import show_others
 from extract.families import family_of
 from extract.loading import Kit, Loaders, crc_of
 from extract.model import identity, load_processor
-from extract.omniedit import DUPLICATE, BadSample, Checks, Sample, judged
+from extract.omniedit import DUPLICATE, STRATA, BadSample, Checks, Sample, judged
 from extract.prompts import ground_template
 from extract.review.verdicts import boxes_by_id
 from extract.rows import ROWS_AT_ONCE, Place, SetAside, Shards
@@ -224,6 +224,9 @@ def read_plan(config: ExtractConfig, loaders: Loaders) -> tuple[pl.DataFrame, pl
         raise Refusal(f"--data {config.data}: no sample can be used ({reasons or 'it has no rows'})")
     samples = pl.DataFrame(rows, schema=SAMPLE_SCHEMA, orient="row")
     brought = pl.DataFrame(extras, infer_schema_length=None)
+    # Where no sample has one, nothing says that it would have been a word.
+    unknown = [name for name in STRATA if brought.schema.get(name) == pl.Null]
+    brought = brought.with_columns(pl.col(unknown).cast(pl.String))
     samples = samples.hstack(brought.rename(free_name))
     return (show_others(samples) if config.control == SHUFFLED_IMAGES else samples), set_aside
 

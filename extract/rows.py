@@ -24,6 +24,10 @@ from store.errors import Refusal
 REQUIRED = ("omni_edit_id", "task", "src_img", "edited_prompt_list")
 NOT_EXTRA = (*REQUIRED, "edited_img", "width", "height", "box")
 
+OBJECTS = "objects"
+OF_OBJECTS = ("kind", "colour", "box")
+"""Fields that are read of a list of objects; their masks stay on disk."""
+
 UNREADABLE_SHARD, UNREADABLE_ROW = "shard cannot be read", "row cannot be read"
 # ValueError: a file name that no system call takes; IndexError: a shard that has fewer row groups than it had.
 DAMAGE = (pa.ArrowException, OSError, ValueError, IndexError)
@@ -65,13 +69,29 @@ def scalar(kind: pa.DataType) -> bool:
     return any(getattr(pa.types, f"is_{name}")(kind) for name in asked)
 
 
+def object_columns(shard: pq.ParquetFile) -> list[str]:
+    """The parts to read of a column ``objects`` that lists what a picture holds, as scenes have; of others none."""
+    index = shard.schema_arrow.get_field_index(OBJECTS)
+    listed = pa.null() if index < 0 else shard.schema_arrow.field(index).type
+    if not pa.types.is_list(listed) or not pa.types.is_struct(listed.value_type):
+        return []
+    known = {item.name: item.type for item in listed.value_type}
+    words = [known.get(name, pa.null()) for name in ("kind", "colour")]
+    if not all(map(pa.types.is_string, words)) or not pa.types.is_list(known.get("box", pa.null())):
+        return []
+    paths = [shard.schema.column(number).path for number in range(len(shard.schema))]
+    # objects.list.element.kind: who wrote the shard named the two in the middle.
+    parts = [path.split(".") for path in paths if path.startswith(f"{OBJECTS}.")]
+    return [".".join(part) for part in parts if part[3:4] and part[3] in OF_OBJECTS]
+
+
 class RowGroup:
     """One row group, read from its first row as far as rows are asked for; ``size`` bytes of it are in memory."""
 
     def __init__(self, file: Any, group: int, edited: bool, near: bool):
         # Buffered, a column is read as far as its pages are decoded. From far, few large reads are quicker.
         shard = pq.ParquetFile(file, buffer_size=READ_AHEAD if near else 0, pre_buffer=not near)
-        columns = wanted_columns(shard.schema_arrow, edited)
+        columns = wanted_columns(shard.schema_arrow, edited) + object_columns(shard)
         self._rows = shard.metadata.row_group(group).num_rows
         self._ahead = shard.iter_batches(ROWS_AT_ONCE, row_groups=[group], columns=columns, use_threads=False)
         self._starts: list[int] = []

@@ -291,3 +291,35 @@ def test_one_picture_for_too_many_samples_is_refused_by_split():
     boxes = dict.fromkeys(BOX_COLUMNS, [0.5] * 3)
     with pytest.raises(Refusal, match="3 samples of the split 'train'"):
         show_others(pl.DataFrame(table | rest | boxes))
+
+
+def test_samples_of_scenes_bring_what_strata_are_made_of(stores, scenes):
+    rows = {row["omni_edit_id"]: row for row in pl.read_parquet(scenes / "*.parquet").iter_rows(named=True)}
+    for control in ("none", "shuffled-images"):
+        for sample in stores[control].samples.iter_rows(named=True):
+            row = rows[sample["sample_id"]]
+            (thing,) = (thing for thing in row["objects"] if thing["box"] == row["box"])
+            found = [sample[name] for name in ("n_objects", "object_kind", "object_colour", "layout", "reference")]
+            assert found == [len(row["objects"]), thing["kind"], thing["colour"], row["layout"], row["reference"]]
+
+
+def test_what_is_to_be_added_is_no_object_yet_and_data_without_objects_have_no_strata(config, tmp_path):
+    write_scenes(ScenesConfig(tmp_path / "medium", samples=40, seed=4, difficulty="medium"))
+    (shard,) = (tmp_path / "medium").glob("*.parquet")
+    table = pq.read_table(shard)
+    added = table.filter(pa.compute.equal(table["task"], "addition"))
+    words = added.set_column(added.schema.get_field_index("objects"), "objects", pa.array(["two"] * len(added)))
+    own = added.append_column("n_objects", pa.array([99] * len(added)))
+    found = {}
+    for name, rows in {"added": added, "words": words, "own": own, "none": added.drop_columns("objects")}.items():
+        (data := tmp_path / name).mkdir()
+        pq.write_table(rows, data / "train-00000.parquet")
+        asked = dataclasses.replace(config, data=str(data), store=tmp_path / f"{name}.zarr", vlm_boxes=False)
+        assert extract(asked) == 0
+        found[name] = store.open(asked.store).samples
+    assert found["added"].schema["object_kind"] == found["added"].schema["object_colour"] == pl.String
+    assert found["added"]["object_kind"].null_count() == len(added)
+    assert found["added"]["n_objects"].to_list() == [len(things) for things in added["objects"].to_pylist()]
+    assert set(found["words"]["objects"]) == {"two"} and "n_objects" not in found["words"].columns
+    assert set(found["own"]["n_objects"]) == {99}
+    assert not {"n_objects", "object_kind", "objects"} & set(found["none"].columns)

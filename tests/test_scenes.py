@@ -10,6 +10,7 @@ from PIL import Image
 
 from extract.scenes import DIFFICULTIES, OBJECT_TASKS, TASKS, draw_scene
 from extract.scenes.language import by_position
+from extract.scenes.layout import LAYOUTS
 from extract.scenes.scene import bounding_box, masks_of, paint
 from extract.scenes.shapes import KINDS, silhouette
 from extract.scenes.shards import ScenesConfig, features, mask_of, row_of, run_lengths, write_scenes
@@ -151,3 +152,36 @@ def test_senseless_settings_are_refused(tmp_path, field, value):
     with pytest.raises(Refusal, match=str(value)):
         write_scenes(ScenesConfig(tmp_path / "scenes", **{field: value}))
     assert not (tmp_path / "scenes").exists()
+
+
+def test_scenes_of_one_seed_are_never_those_of_another():
+    """Neither by chance (what is in them, to the last digit of a place) nor by the pixels."""
+    seen = {}
+    for seed in (0, 1, 7, 8, 2**16, 2**32 - 1):
+        for index in range(100):
+            scene = draw_scene(seed, index, "hard")
+            key = scene.width, scene.height, scene.background, scene.things
+            assert seen.setdefault(key, (seed, index)) == (seed, index)
+    assert len(seen) == 600
+    drawn = [row_of(draw_scene(seed, index, "hard"))["src_img"]["bytes"] for seed in (0, 1, 7) for index in range(8)]
+    assert len(set(drawn)) == 24
+
+
+def test_a_seed_that_numpy_would_read_as_two_numbers_is_refused(tmp_path):
+    """Such a seed may give the scenes of another: scene 1 of seed 5 is scene 0 of seed 5 + 2**32."""
+    assert draw_scene(5, 1, "easy").things == draw_scene(5 + 2**32, 0, "easy").things
+    with pytest.raises(Refusal, match=str(2**32 - 1)):
+        write_scenes(ScenesConfig(tmp_path / "scenes", seed=2**32))
+
+
+def test_a_row_says_how_its_objects_stand_and_by_what_words_one_is_meant(rows):
+    for row in (row for group in rows.values() for row in group):
+        assert row["layout"] in LAYOUTS
+        assert (row["reference"] is None) == (row["task"] not in OBJECT_TASKS)
+        if row["reference"]:
+            assert all(row["reference"].lower() in text.lower() for text in row["edited_prompt_list"])
+
+
+def test_an_edited_object_of_a_scene_is_found_by_its_box(rows):
+    for row in (row for group in rows.values() for row in group if row["task"] in OBJECT_TASKS):
+        assert [thing["box"] for thing in row["objects"]].count(row["box"]) == 1

@@ -23,6 +23,8 @@ ROWS_PER_SHARD = 512
 ROWS_PER_GROUP = 64
 JPEG_QUALITY = 95
 LABEL = "scenes.json"
+SEEDS = 2**32
+"""NumPy reads a larger seed as two numbers, and might give it the scenes of another."""
 
 
 @cache
@@ -55,6 +57,8 @@ def features() -> "datasets.Features":
             "o_score": datasets.Value("float64"),
             "box": datasets.List(whole),
             "objects": datasets.List(thing),
+            "layout": datasets.Value("string"),
+            "reference": datasets.Value("string"),
             "seed": whole,
         }
     )
@@ -133,6 +137,8 @@ def row_of(scene: Scene) -> dict:
             {"kind": t.kind, "colour": t.colour, "box": bounding_box(m), "mask": run_lengths(m)}
             for t, m in zip(scene.things, masks, strict=True)
         ],
+        "layout": scene.arrangement.layout,
+        "reference": scene.reference or None,  # of the whole picture there is none
         "seed": seed,
     }
 
@@ -167,9 +173,9 @@ def write_scenes(config: ScenesConfig) -> None:
     """
     if config.difficulty not in DIFFICULTIES:
         raise Refusal(f"--difficulty {config.difficulty!r} is not one of {', '.join(DIFFICULTIES)}")
-    if config.samples < 1 or config.seed < 0:
+    if config.samples < 1 or not 0 <= config.seed < SEEDS:
         raise Refusal(
-            f"--samples {config.samples} and --seed {config.seed}: samples must be 1 or more, the seed 0 or more"
+            f"--samples {config.samples} and --seed {config.seed}: samples must be 1 or more, the seed 0 to {SEEDS - 1}"
         )
     wanted = settings_of(config)
     label = config.out / LABEL
