@@ -42,7 +42,7 @@ class ExtractConfig:
     weights drawn anew (seed 0) by its own class; what a probe reads there is not learned. shuffled-images: every
     sample is shown the picture of another of its split (seed 0; column ``shown``), its box keeps its shares of the
     picture; what a probe reads there is not seen. Neither is asked for boxes: where the data bring none, give
-    ``--boxes``."""
+    ``--boxes`` with the ordinary store."""
     grow: bool = False
     """Add to a store that is there the samples and layers of this command that it lacks; nothing in it is touched."""
     limit: int | None = 4096
@@ -89,7 +89,9 @@ class ExtractConfig:
     """Also ask the model for the box by generating; the answer is kept beside the sample. Samples whose data bring no
     box get this one as their true box, and the area filter applies to it."""
     boxes: str | None = None
-    """File of verdicts of ``python -m extract.review``: its boxes are the true ones, what it rejects is set aside."""
+    """A file of verdicts of ``python -m extract.review``: its boxes are the true ones, what it rejects is set aside.
+    Or another store: exactly its valid samples are taken, with its boxes, so that a control has the boxes that the
+    model gave there."""
     max_new_tokens: int = 400
     """Longest answer when asked for the box."""
     codec: Literal["none", "zstd", "planes", "int8", "fp8"] = "zstd"

@@ -52,7 +52,9 @@ class Kit:
     dtype: torch.dtype = torch.float32
     """Of pixels: the model casts them to its own, so they may as well travel in it."""
     boxes: Mapping[str, Box | None] = field(default_factory=dict)
-    """Boxes that a person looked at, by sample id; null: rejected."""
+    """The true boxes where the data's do not count, by sample id; null: a person rejected it."""
+    listed: bool = False
+    """Whether samples without such a box are left out."""
 
 
 class Loaders:

@@ -231,11 +231,11 @@ def choose_prompt(prompts: Any, sample_id: str, checks: Checks) -> str:
 def strata_of(objects: list, box: tuple[float, float, float, float] | None) -> dict[str, Any]:
     """By what results are told apart: how many objects a picture holds, and what the one in the sample's box is.
 
-    Kind and colour are null where the box is of none of them, as of what is to be added.
+    Kind and colour are null where the box is of none of them, as of what is to be added; all where none are listed.
     """
     found = (one for one in objects if one is not None and box is not None and tuple(one["box"] or ()) == box)
     edited = next(found, {})
-    return dict(zip(STRATA, (len(objects), edited.get("kind"), edited.get("colour")), strict=True))
+    return dict(zip(STRATA, (len(objects) or None, edited.get("kind"), edited.get("colour")), strict=True))
 
 
 def image_bytes(cell: Any) -> bytes:

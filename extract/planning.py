@@ -1,6 +1,7 @@
 """From data to a plan: which samples there are, how many tokens each brings, what cannot be used and why."""
 
 import hashlib
+import math
 import re
 from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -16,13 +17,14 @@ from tqdm import tqdm
 from transformers import AutoConfig
 
 import store
+from extract.boxes import Box
 from extract.capture import EMBED, FINAL
 from extract.config import POCKET, PRESETS, SCENES_SEED, SHUFFLED_IMAGES, ExtractConfig
-from extract.control import show_others
+from extract.control import SHOWN, show_others
 from extract.families import family_of
 from extract.loading import Kit, Loaders, crc_of
 from extract.model import identity, load_processor
-from extract.omniedit import DUPLICATE, STRATA, BadSample, Checks, Sample, judged
+from extract.omniedit import BOX_COLUMNS, DUPLICATE, STRATA, BadSample, Checks, Sample, judged
 from extract.prompts import ground_template
 from extract.review.verdicts import boxes_by_id
 from extract.rows import ROWS_AT_ONCE, Place, SetAside, Shards
@@ -38,6 +40,7 @@ BYTES_PER_SCENE = 60_000
 LONG_PROMPT = "prompt too long"
 NO_BOX = "no box"
 REJECTED = "rejected by a person"
+NOT_LISTED = "not among the samples of the store of --boxes"
 SAMPLE_SCHEMA = {
     "sample_id": pl.String,
     "task": pl.String,
@@ -84,6 +87,32 @@ class Found:
 def checks_of(config: ExtractConfig) -> Checks:
     """What is demanded of a row; pixels are looked at when they are needed."""
     return Checks(config.prompt, config.seed, config.min_area, config.max_area, pixels=False)
+
+
+def is_store(boxes: str | None) -> bool:
+    """Whether ``--boxes`` names a store, not a file of verdicts."""
+    return boxes is not None and ("://" in str(boxes) or Path(boxes).is_dir())
+
+
+def given_boxes(config: ExtractConfig) -> dict[str, Box | None]:
+    """The boxes that ``--boxes`` names, by sample id; null where a person rejected the sample.
+
+    Raises
+    ------
+    Refusal
+        It is neither a file of verdicts nor a store, or a store whose boxes are not all there or are no sample's own.
+    """
+    if config.boxes is None:
+        return {}
+    if not is_store(config.boxes):
+        return boxes_by_id(config.boxes)
+    opened = store.open(config.boxes)
+    if SHOWN in opened.samples.columns:
+        raise Refusal(f"--boxes {config.boxes} is a store of shuffled images: give the ordinary one")
+    if left := store.pending(config.boxes):
+        raise Refusal(f"--boxes {config.boxes} is not filled yet ({len(left)} blocks are missing): finish it first")
+    valid = opened.samples.filter("valid", pl.col("x1").is_not_null())
+    return {sample_id: box for sample_id, *box in valid.select("sample_id", *BOX_COLUMNS).iter_rows()}
 
 
 def wanted_layers(config: ExtractConfig, blocks: int) -> tuple[str, ...]:
@@ -135,8 +164,8 @@ class Planner:
     def kit(self) -> Kit:
         """What loaders need."""
         conditioners = {"edit": self.conditioner} | ({"ground": self.grounder} if self.config.asks_boxes else {})
-        boxes = {} if self.config.boxes is None else boxes_by_id(self.config.boxes)
-        return Kit(checks_of(self.config), conditioners, getattr(torch, self.config.dtype), boxes)
+        checks, dtype = checks_of(self.config), getattr(torch, self.config.dtype)
+        return Kit(checks, conditioners, dtype, given_boxes(self.config), is_store(self.config.boxes))
 
     @cached_property
     def identity(self) -> dict[str, Any]:
@@ -202,6 +231,9 @@ def read_plan(config: ExtractConfig, loaders: Loaders) -> tuple[pl.DataFrame, pl
         The data cannot be read, or no row of them can be used.
     """
     rows, extras, aside, seen = [], [], [], set()
+    # Once all of a store's samples are found, the rest of the data need not be read.
+    listed = len(given_boxes(config)) if is_store(config.boxes) else math.inf
+    limit = min(listed, math.inf if config.limit is None else config.limit)
     verdicts = _in_order(loaders, Shards(config.data).walk(config.seed if config.shuffle else None), config)
     with tqdm(total=config.limit, desc="plan", unit="sample", smoothing=0.1) as bar:
         for verdict in verdicts:
@@ -215,7 +247,7 @@ def read_plan(config: ExtractConfig, loaders: Loaders) -> tuple[pl.DataFrame, pl
             rows.append(verdict.values)
             extras.append(verdict.extra)
             bar.update()
-            if len(rows) == config.limit:
+            if len(rows) == limit:
                 verdicts.close()
                 break
     set_aside = pl.DataFrame(aside, schema=SET_ASIDE_SCHEMA, orient="row")
@@ -268,13 +300,15 @@ def judge(
                 box = kit.boxes.get(found.sample_id, found.box)
                 if box is None and found.sample_id in kit.boxes:
                     raise BadSample(REJECTED)
+                if kit.listed and found.sample_id not in kit.boxes:
+                    raise BadSample(NOT_LISTED)
                 if box is None and not config.vlm_boxes:
                     raise BadSample(NO_BOX, "the data bring none and --no-vlm-boxes was given")
                 if box is None and not config.asks_boxes:
                     raise Refusal(
                         f"sample {found.sample_id!r} brings no box, and --control {config.control} asks no model for "
-                        "one: give --boxes FILE, or --no-vlm-boxes to set such rows aside (as the ordinary store then "
-                        "must, too)"
+                        "one: give --boxes with the ordinary store (or a file of verdicts), or --no-vlm-boxes to set "
+                        "such rows aside, as the ordinary store then must, too"
                     )
                 values = (
                     found.sample_id,
@@ -300,7 +334,7 @@ def selection(config: ExtractConfig) -> dict[str, Any]:
     """What decides which samples a store is planned with; by it, a resumed run knows that it need not plan again."""
     names = ("limit", "prompt", "shuffle", "seed", "min_area", "max_area", "held_out", "max_prompt_tokens")
     asked = {name: getattr(config, name) for name in (*names, "vlm_boxes", "queries")}
-    looked_at = None if config.boxes is None else hash_json(boxes_by_id(config.boxes))
+    looked_at = None if config.boxes is None else hash_json(given_boxes(config))
     shown = {"control": config.control} if config.control == SHUFFLED_IMAGES else {}
     return asked | {"data": Shards(config.data).fingerprint(), "boxes": looked_at} | shown
 

@@ -269,6 +269,8 @@ class Shards:
         for name, cell in held.cells(within):
             try:
                 row[name] = cell.as_py()
+                if name == OBJECTS and row[name] is None and pa.types.is_list(cell.type):
+                    row[name] = []  # a column of that name with anything but lists is the data's own
             except (pa.ArrowException, ValueError, OverflowError) as error:  # no UTF-8, a date that no calendar has
                 known = row.get("omni_edit_id")
                 known = None if known is None else str(known)

@@ -222,7 +222,7 @@ def test_rows_without_a_box_are_refused_with_the_mend_or_set_aside_as_the_ordina
     data = tmp_path / "medium"
     write_scenes(ScenesConfig(data, samples=30, seed=4, difficulty="medium"))
     asked = dataclasses.replace(config, data=str(data), store=tmp_path / "s.zarr", control=control, held_out=0.5)
-    with pytest.raises(Refusal, match=f"--control {control}.*--boxes FILE"):
+    with pytest.raises(Refusal, match=f"--control {control}.*--boxes with the ordinary store"):
         extract(asked)
     assert not (tmp_path / "s.zarr").exists()
     ordinary = dataclasses.replace(asked, store=tmp_path / "o.zarr", control="none", vlm_boxes=False)
@@ -323,3 +323,43 @@ def test_what_is_to_be_added_is_no_object_yet_and_data_without_objects_have_no_s
     assert set(found["words"]["objects"]) == {"two"} and "n_objects" not in found["words"].columns
     assert set(found["own"]["n_objects"]) == {99}
     assert not {"n_objects", "object_kind", "objects"} & set(found["none"].columns)
+
+
+@pytest.mark.parametrize("control", ["random-weights", "shuffled-images"])
+def test_a_control_takes_samples_and_boxes_of_the_ordinary_store_where_the_data_bring_none(config, tmp_path, control):
+    write_scenes(ScenesConfig(tmp_path / "medium", samples=40, seed=4, difficulty="medium"))
+    asked = dataclasses.replace(config, data=str(tmp_path / "medium"), limit=30, max_area=0.5)
+    ordinary = dataclasses.replace(asked, store=tmp_path / "o.zarr")
+    assert extract(ordinary) == 0
+    there = store.open(ordinary.store)
+    assert not there.valid.all()  # some of the model's boxes are none
+    here = dataclasses.replace(asked, store=tmp_path / "c.zarr", control=control, boxes=str(ordinary.store))
+    assert extract(here) == 0
+    found, expected = store.open(here.store).samples, there.samples.filter("valid")
+    assert found.select("sample_id", "split", "instruction").equals(
+        expected.select("sample_id", "split", "instruction")
+    )
+    shares = [samples["x2"] / samples["width"] for samples in (found, expected)]
+    np.testing.assert_allclose(*shares, rtol=1e-6)
+    if control == "shuffled-images":
+        with pytest.raises(Refusal, match="store of shuffled images"):
+            extract(dataclasses.replace(asked, store=tmp_path / "d.zarr", boxes=str(here.store)))
+
+
+def test_a_paraphrased_store_has_the_pictures_samples_and_boxes_and_other_words(config, stores, tmp_path):
+    twin = tmp_path / "twin.zarr"
+    assert extract(dataclasses.replace(config, store=twin, prompt=1, vlm_boxes=False)) == 0
+    here, there = store.open(twin).samples, stores["none"].samples
+    same = ["sample_id", "split", *BOX_COLUMNS, "image_crc32c", "reference"]
+    assert here.select(same).equals(there.select(same))
+    assert (here["instruction"] != there["instruction"]).all()
+    assert store.open(twin).identity == stores["none"].identity
+
+
+def test_prompt_zero_is_the_first_bit_for_bit(config, stores, tmp_path):
+    paths = [tmp_path / "zero.zarr", tmp_path / "first.zarr"]
+    for path, prompt in zip(paths, (0, "first"), strict=True):
+        assert extract(dataclasses.replace(config, store=path, prompt=prompt, limit=20)) == 0
+    reports = [store.verify(path) for path in paths]
+    assert reports[0].content_hash == reports[1].content_hash
+    assert reports[0].identity_hash == reports[1].identity_hash

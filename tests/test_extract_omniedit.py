@@ -240,6 +240,16 @@ def test_prompts_are_chosen_as_asked_and_drawn_from_seed_and_id_alone(tmp_path):
     assert [s.instruction.split()[0] for s in read(tmp_path, prompt="random", seed=1)] != texts["random"]
 
 
+def test_a_paraphrase_is_another_wording_of_the_first_around_the_others(tmp_path):
+    wordings = [["a", "b", " ", "a ", "c"], ["a", "a"], ["a", "b"]]
+    write(tmp_path / "a.parquet", [row(n, edited_prompt_list=given) for n, given in enumerate(wordings)])
+    told = {n: {s.sample_id: s.instruction for s in split(read(tmp_path, prompt=n))[0]} for n in range(5)}
+    assert told[0] == {"id0": "a", "id1": "a", "id2": "a"}
+    assert [told[n] for n in (1, 2, 3, 4)] == [{"id0": text, "id2": "b"} for text in "bcbc"]
+    (aside,) = split(read(tmp_path, prompt=1))[1]
+    assert (aside.sample_id, aside.reason) == ("id1", "no other wording of the prompt")
+
+
 def test_the_limit_counts_good_samples(tmp_path):
     write(tmp_path / "a.parquet", [row(0, edited_prompt_list=[]), row(1), row(2), row(3)])
     good, aside = split(read(tmp_path, 2))
