@@ -233,8 +233,8 @@ def strata_of(objects: list, box: tuple[float, float, float, float] | None) -> d
 
     Kind and colour are null where the box is of none of them, as of what is to be added; all where none are listed.
     """
-    found = (one for one in objects if one is not None and box is not None and tuple(one["box"] or ()) == box)
-    edited = next(found, {})
+    objects = [one for one in objects if one is not None]
+    edited = next((one for one in objects if box is not None and tuple(one["box"] or ()) == box), {})
     return dict(zip(STRATA, (len(objects) or None, edited.get("kind"), edited.get("colour")), strict=True))
 
 

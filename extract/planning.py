@@ -56,6 +56,7 @@ SAMPLE_SCHEMA = {
     "file": pl.String,
     "row": pl.Int64,
 }
+STRATA_SCHEMA = dict(zip(STRATA, (pl.Int64, pl.String, pl.String), strict=True))
 RESULTS = ("sample", "valid", "set_aside", "verified")
 """Columns that a store's samples get later; the model's own boxes, ``vlm_…``, are others."""
 
@@ -256,9 +257,9 @@ def read_plan(config: ExtractConfig, loaders: Loaders) -> tuple[pl.DataFrame, pl
         raise Refusal(f"--data {config.data}: no sample can be used ({reasons or 'it has no rows'})")
     samples = pl.DataFrame(rows, schema=SAMPLE_SCHEMA, orient="row")
     brought = pl.DataFrame(extras, infer_schema_length=None)
-    # Where no sample has one, nothing says that it would have been a word.
+    # Where no sample has one, nothing says what it would have been.
     unknown = [name for name in STRATA if brought.schema.get(name) == pl.Null]
-    brought = brought.with_columns(pl.col(unknown).cast(pl.String))
+    brought = brought.with_columns(pl.col(name).cast(STRATA_SCHEMA[name]) for name in unknown)
     samples = samples.hstack(brought.rename(free_name))
     return (show_others(samples) if config.control == SHUFFLED_IMAGES else samples), set_aside
 

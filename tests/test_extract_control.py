@@ -188,6 +188,17 @@ def test_shuffled_images_again_are_the_same_store_and_go_on_from_where_they_were
     assert again(stores, config, "shuffled-images", path)[0] == second
 
 
+def test_two_processes_share_the_blocks_of_shuffled_images(stores, config, tmp_path):
+    path = tmp_path / "shared.zarr"
+    given = ["--preset", "pocket", "--data", config.data, "--store", str(path), "--limit", "70", "--held-out", "0.3"]
+    given += ["--batch-size", "16", "--layers", config.layers, "--control", "shuffled-images"]
+    commands = [[sys.executable, "-m", "extract", *given, "--worker", name] for name in "ab"]
+    workers = [subprocess.Popen(one, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for one in commands]
+    said = [worker.communicate(timeout=120) for worker in workers]
+    assert [worker.returncode for worker in workers] == [0, 0], said
+    assert store.verify(path).content_hash == store.verify(stores["shuffled-images"].path).content_hash
+
+
 def test_a_picture_that_is_shown_may_not_change_after_planning(config, scenes, tmp_path, monkeypatch):
     import shutil
 

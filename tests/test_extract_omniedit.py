@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from PIL import Image
 from PIL.PngImagePlugin import PngImageFile
 
-from extract.omniedit import BadSample, Checks, Place, Sample, SetAside, decode, read, sample_of
+from extract.omniedit import STRATA, BadSample, Checks, Place, Sample, SetAside, decode, read, sample_of
 from store.errors import Refusal
 
 # Pillow says on the way what it finds odd in EXIF.
@@ -238,6 +238,18 @@ def test_prompts_are_chosen_as_asked_and_drawn_from_seed_and_id_alone(tmp_path):
     shuffled = {s.sample_id: s.instruction.split()[0] for s in read(tmp_path, prompt="random", shuffle=True)}
     assert [shuffled[f"id{n}"] for n in range(30)] == texts["random"]
     assert [s.instruction.split()[0] for s in read(tmp_path, prompt="random", seed=1)] != texts["random"]
+
+
+def test_what_objects_are_listed_is_said_by_number_kind_and_colour_and_unknown_where_none_are(tmp_path):
+    ball = {"kind": "ball", "colour": "red", "box": [8, 8, 32, 40]}
+    crate = {"kind": "crate", "colour": None, "box": None}
+    listed = [[crate, ball], [crate], [None, ball], [], None]
+    write(tmp_path / "a.parquet", [row(n, objects=objects) for n, objects in enumerate(listed)])
+    good, _ = split(read(tmp_path))
+    assert [tuple(sample.extra[name] for name in STRATA) for sample in good] == [
+        (2, "ball", "red"), (1, None, None), (1, "ball", "red"), (None, None, None), (None, None, None)
+    ]  # fmt: skip
+    assert not any("objects" in sample.extra for sample in good)
 
 
 def test_a_paraphrase_is_another_wording_of_the_first_around_the_others(tmp_path):
