@@ -235,7 +235,8 @@ def strata_of(objects: list, box: tuple[float, float, float, float] | None) -> d
     """
     objects = [one for one in objects if one is not None]
     edited = next((one for one in objects if box is not None and tuple(one["box"] or ()) == box), {})
-    return dict(zip(STRATA, (len(objects) or None, edited.get("kind"), edited.get("colour")), strict=True))
+    kind, colour = (None if edited.get(name) is None else str(edited[name]) for name in ("kind", "colour"))
+    return dict(zip(STRATA, (len(objects) or None, kind, colour), strict=True))
 
 
 def image_bytes(cell: Any) -> bytes:

@@ -69,15 +69,19 @@ def scalar(kind: pa.DataType) -> bool:
     return any(getattr(pa.types, f"is_{name}")(kind) for name in asked)
 
 
+def is_listed(kind: pa.DataType) -> bool:
+    """Whether values of a type are lists."""
+    return pa.types.is_list(kind) or pa.types.is_large_list(kind)
+
+
 def object_columns(shard: pq.ParquetFile) -> list[str]:
     """The parts to read of a column ``objects`` that lists what a picture holds, as scenes have; of others none."""
     index = shard.schema_arrow.get_field_index(OBJECTS)
     listed = pa.null() if index < 0 else shard.schema_arrow.field(index).type
-    if not pa.types.is_list(listed) or not pa.types.is_struct(listed.value_type):
+    if not is_listed(listed) or not pa.types.is_struct(listed.value_type):
         return []
-    known = {item.name: item.type for item in listed.value_type}
-    words = [known.get(name, pa.null()) for name in ("kind", "colour")]
-    if not all(map(pa.types.is_string, words)) or not pa.types.is_list(known.get("box", pa.null())):
+    known = dict.fromkeys(OF_OBJECTS, pa.null()) | {item.name: item.type for item in listed.value_type}
+    if not (scalar(known["kind"]) and scalar(known["colour"]) and is_listed(known["box"])):
         return []
     paths = [shard.schema.column(number).path for number in range(len(shard.schema))]
     # objects.list.element.kind: who wrote the shard named the two in the middle.
@@ -269,7 +273,7 @@ class Shards:
         for name, cell in held.cells(within):
             try:
                 row[name] = cell.as_py()
-                if name == OBJECTS and row[name] is None and pa.types.is_list(cell.type):
+                if name == OBJECTS and row[name] is None and is_listed(cell.type):
                     row[name] = []  # a column of that name with anything but lists is the data's own
             except (pa.ArrowException, ValueError, OverflowError) as error:  # no UTF-8, a date that no calendar has
                 known = row.get("omni_edit_id")
