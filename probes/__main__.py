@@ -1,23 +1,30 @@
 """Routes ``python -m probes COMMAND``."""
 
-from probes.config import EvaluateConfig, ProbeConfig
+from probes.config import EvaluateConfig, SweepConfig, TrainConfig
 from store.commandline import route
 
 
-def train(config: ProbeConfig) -> None:
-    """Train a proxy per layer, the mid-layer prompt proxy and the floors on the states of a store."""
-    from probes.train import train
+def sweep(config: SweepConfig) -> None:
+    """Train every layer's probe, and all that a referee would hold beside it, together, in one pass over the store."""
+    from probes.sweep import sweep
+
+    sweep(config)
+
+
+def train(config: TrainConfig) -> None:
+    """Train one probe, once per seed: the layers that are named, read together."""
+    from probes.sweep import train
 
     train(config)
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Print a row per proxy with its 95 % intervals, and whether a mid layer beats the last one and the floors."""
+    """Print a row per probe with its 95 % intervals, and what they say of the paper's claims."""
     from probes.evaluate import evaluate
 
     evaluate(config)
 
 
 if __name__ == "__main__":
-    about = "Proxies that read an object's box from stored hidden states, one per layer, and the floors they must beat."
-    route("python -m probes", about, {"train": train, "evaluate": evaluate})
+    about = "Probes that read an object's box, or anything else, from stored hidden states, and what they must beat."
+    route("python -m probes", about, {"sweep": sweep, "train": train, "evaluate": evaluate})

@@ -1,4 +1,4 @@
-"""Every setting of a probe run, with its presets; the text under each field is its ``--help``."""
+"""Every setting of the probes' commands, with their presets; the text under each field is its ``--help``."""
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -13,46 +13,50 @@ PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     {
         # [ABP §4.4], with the sizes that it leaves open from science §4.
         "paper": dict(width=512, heads=8, depth=6, queries=16, lr=1e-4, batch=64, steps=2000, **SCHEDULE),
-        # Measured: 14 layers and their floors in under ten minutes on one CPU core, 4,096 samples.
-        "pocket": dict(width=64, heads=4, depth=6, queries=16, lr=1e-3, batch=32, steps=700, **SCHEDULE),
+        # Measured: boxes as good as those of proxies four times as wide and of four times the queries (docs/log.md).
+        "pocket": dict(width=32, heads=4, depth=6, queries=4, lr=2e-3, batch=32, steps=700, **SCHEDULE),
     }
 )
 
-WHERE = frozenset({"store", "out", "preset", "seeds", "memory", "device", "threads"})
-"""Fields that say where and how much is run, not what a proxy is: they may differ between runs into one folder."""
+PARTS = ("layers", "prompt", "floors", "permuted", "control-task", "matched", "shares", "codelength")
+Kind = Literal["qformer", "linear", "mlp", "attention"]
+
+WHERE = frozenset({"store", "out", "preset", "seeds", "memory", "device", "threads", "checkpoint", "stack"})
+"""Fields that say where and how much is run, not what a probe is: they may differ between runs into one folder."""
+
+CHOICE = frozenset({"parts", "layers", "prompt_layers", "random_weights", "shuffled_images", "tokens", "probe", "labels"})
+"""Fields that say which probes are trained, which every probe's own spec says, too."""
 
 
 @dataclass(frozen=True)
-class ProbeConfig:
-    """Train a proxy per layer, the mid-layer prompt proxy and the floors on the states of a store.
-
-    Held out is what the store's split column calls test. A run that was stopped goes on from there; a proxy that
-    is finished is never trained again. Ends with the table of `python -m probes evaluate`. Settings that are not
-    given take the value of the preset.
-    """
+class Recipe:
+    """Where the states are, and how probes are trained on them."""
 
     store: str
-    """Store whose hidden states the proxies read."""
+    """Store whose hidden states the probes read."""
     out: Path = Path("runs/probes")
     """Folder of the results; a run that was stopped goes on from there."""
     preset: Literal["pocket", "paper"] = "pocket"
     """Sizes and schedule of all fields below that are not given: the paper's, or small ones for two CPU cores."""
-    seeds: tuple[int, ...] = (0,)
-    """Seeds of the start, the batch order and the permuted labels; every proxy is trained once per seed."""
-    layers: tuple[str, ...] = ()
-    """Layers that get a proxy each, by their name in the store; none given means all."""
-    prompt_layers: tuple[str, ...] = ()
-    """Layers whose prompt tokens one proxy reads together; none given means the middle third of the blocks."""
+    probe: Kind = "qformer"
+    """What reads the states: qformer (the proxy of the paper), linear or mlp (on the mean token), attention (pooling)."""
+    target: str = "box"
+    """What is to be said: box (of the edited object), cell-3x3 (or any grid: where its centre lies), or a column of the
+    sample table: words and small counts are classes, other numbers quantities."""
+    seeds: tuple[int, ...] = (0, 1, 2)
+    """Seeds of the start, the permuted labels and the control task; every probe is trained once per seed."""
+    order_seed: int = 0
+    """Seed of the order of the samples, which all probes of a sweep share: they read the disk once."""
     width: int | None = None
-    """Width of a proxy (pocket 64, paper 512)."""
+    """Width of a Q-Former or an MLP (pocket 32, paper 512)."""
     heads: int | None = None
-    """Attention heads of a proxy layer (pocket 4, paper 8)."""
+    """Attention heads of a Q-Former's layer, or queries of an attention probe (pocket 4, paper 8)."""
     depth: int | None = None
-    """Proxy layers (6)."""
+    """Q-Former layers (6)."""
     queries: int | None = None
-    """Learned queries (16)."""
+    """Learned queries of a Q-Former (pocket 4, paper 16)."""
     lr: float | None = None
-    """Peak learning rate of Adam (pocket 1e-3, paper 1e-4); it falls along a cosine to 30 %."""
+    """Peak learning rate of Adam (pocket 2e-3, paper 1e-4); it falls along a cosine to 30 %."""
     batch: int | None = None
     """Samples in a batch (pocket 32, paper 64)."""
     steps: int | None = None
@@ -62,15 +66,20 @@ class ProbeConfig:
     l1_steps: int | None = None
     """Steps with L1 alone, before GIoU joins the loss (100)."""
     watch: int = 256
-    """Test images on which the error is followed during training; the rest of the split stays unseen until the end."""
+    """Test samples on which the error is followed during training, and by which a layer may be chosen; at most half."""
     watch_every: int = 50
     """Steps between two points of the error curve."""
-    memory: float = 4.0
-    """GB of states held at once; if all layers do not fit, groups of layers are read and trained in turn."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """What products are computed in; weights, sums and Adam are float32 always. auto: bfloat16 on CUDA, else float32."""
+    memory: float | None = None
+    """GB for weights and optimizer states of probes that are trained together; more probes than that take turns. Not
+    given: 8, on CUDA 60 % of what is free."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where proxies are trained; auto takes CUDA when there is one."""
+    """Where probes are trained; auto takes CUDA when there is one."""
     threads: int | None = None
-    """Torch threads on a CPU; torch's own choice where not given. Give 1 on a machine that is busy with other work."""
+    """CPU threads; as many as cores are free to use if not given. Give 1 on a machine that is busy with other work."""
+    checkpoint: float = 2.0
+    """Minutes between checkpoints."""
 
     def __post_init__(self):
         """Fill in the preset; refuse numbers that are not positive and widths that heads cannot share."""
@@ -79,33 +88,82 @@ class ProbeConfig:
                 object.__setattr__(self, name, value)
         numbers = [name for name, value in asdict(self).items() if isinstance(value, int | float)]
         for name in numbers:
-            least = 0 if name in ("warm_up", "l1_steps") else 1e-12
+            least = 0 if name in ("warm_up", "l1_steps", "order_seed", "checkpoint") else 1e-12
             if getattr(self, name) < least:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)} is too small: give a positive number")
         if self.width % self.heads:
             raise Refusal(
                 f"--width {self.width} is not a multiple of --heads {self.heads}: each head needs a whole share"
             )
-        if not self.seeds or len(set(self.seeds)) != len(self.seeds):
-            raise Refusal(f"--seeds {self.seeds} must name at least one seed, each once")
+        if not self.seeds or len(set(self.seeds)) != len(self.seeds) or min(self.seeds) < 0:
+            raise Refusal(f"--seeds {self.seeds} must name at least one seed, each once, none below 0")
 
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The size arguments of ``probes.qformer.QFormer``."""
-        return {name: getattr(self, name) for name in ("width", "heads", "depth", "queries")}
+    def sizes(self, kind: str) -> dict[str, int]:
+        """The size arguments of a kind of probe."""
+        names = {"qformer": ("width", "heads", "depth", "queries"), "mlp": ("width",), "attention": ("heads",)}
+        return {name: getattr(self, name) for name in names.get(kind, ())}
 
     @property
     def settings(self) -> dict[str, Any]:
-        """JSON-able: all that decides what a proxy becomes, without where it is read, kept and computed."""
-        names = [field.name for field in fields(self) if field.name not in WHERE | {"layers", "prompt_layers"}]
-        return {name: getattr(self, name) for name in names}
+        """JSON-able: all that decides what a probe becomes, without where it is read, kept and computed."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name not in WHERE | CHOICE}
+
+
+@dataclass(frozen=True)
+class SweepConfig(Recipe):
+    """Train every layer's probe and all that a referee would hold beside it, together, in one pass over the store.
+
+    Held out is what the store's split column calls test. A run that was stopped goes on from there; a probe that is
+    finished is never trained again. Ends with the table of `python -m probes evaluate`. Settings that are not given
+    take the value of the preset.
+
+    Examples: `--target cell-3x3 --parts layers` (which layer knows the cell?), `--probe linear` (what lies open?),
+    `--layers 6 11 final --parts layers permuted`.
+    """
+
+    parts: tuple[Literal["layers", "prompt", "floors", "permuted", "control-task", "matched", "shares", "codelength"], ...] = PARTS
+    """What is trained: layers (a probe a layer), prompt (one on the prompt tokens of the middle layers together),
+    floors (words alone, picture alone), permuted (labels, every layer), control-task (a label drawn per type of input,
+    every layer), matched (tokens x layer count, keys and parameters alike), shares (sample efficiency, first seed),
+    codelength (online code, first seed)."""
+    layers: tuple[str, ...] = ()
+    """Layers that get a probe each, by their name in the store; none given means all."""
+    prompt_layers: tuple[str, ...] = ()
+    """Layers whose prompt tokens one probe reads together; none given means the middle third of the blocks."""
+    tokens: str = "all"
+    """Tokens that the layers' probes read: all, image, text, or a kind of the token table such as instruction."""
+    random_weights: str | None = None
+    """Store of the same samples by the same model with random weights (`python -m extract --control random-weights`)."""
+    shuffled_images: str | None = None
+    """Store of the same samples with each other's pictures (`python -m extract --control shuffled-images`)."""
+
+
+@dataclass(frozen=True)
+class TrainConfig(Recipe):
+    """Train one probe, once per seed: the layers that are named, read together.
+
+    The same probe, to the bit of its order of samples, as a sweep trains among others. Settings that are not given take
+    the value of the preset.
+    """
+
+    layers: tuple[str, ...] = ("final",)
+    """Layers that it reads together, by their name in the store."""
+    tokens: str = "all"
+    """Tokens that it reads: all, image, text, or a kind of the token table such as instruction."""
+    labels: Literal["true", "permuted", "control"] = "true"
+    """The samples' own answers, each other's, or one drawn per type of input."""
 
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """Print a row per proxy with its 95 % intervals, and whether a mid layer beats the last one and the floors."""
+    """Print a row per probe with its 95 % intervals, and what they say of the paper's claims.
+
+    With `--on`, the finished probes first answer for other stores: fresh scenes, paraphrased instructions, other data.
+    """
 
     out: Path = Path("runs/probes")
-    """Folder that `python -m probes train` wrote."""
+    """Folder that `python -m probes sweep` or `train` wrote."""
+    on: tuple[str, ...] = ()
+    """NAME=STORE: stores that the probes are asked about as they are, without training; kept in the folder."""
     json: bool = False
     """Print one JSON object instead of the table."""

@@ -1,146 +1,276 @@
-"""What a run reads from the store: the scenes with a true box, and batches of their states.
+"""What a sweep reads: which samples, in which order, and batches of their states, each read from disk once.
 
-Shape suffixes: ``s`` sample, ``b`` batch, ``l`` VLM layer, ``t`` token, ``w`` VLM width.
+Shape suffixes: ``s`` sample, ``b`` batch, ``g`` group, ``l`` VLM layer, ``t`` token, ``w`` VLM width.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 from torch import Tensor
+from torch.nn import functional
 
+from probes.specs import ORDINARY
+from probes.stacked import View
 from store.errors import Refusal
 from store.plan import hash_json
 
-PIECE = 256
-"""Samples read from the store at once while states are taken into memory."""
-
-KINDS = ("image", "text")
+ALIGNED = 16
+"""Token axes are padded to a multiple of this: vector units take them whole, which is twice as fast on CPUs."""
 
 
 @dataclass(frozen=True, eq=False)
-class Scenes:
-    """The usable samples of a store, and their true boxes. ``train``, ``watch`` and ``rest`` index ``samples``."""
+class Split:
+    """The usable samples of a store, by their positions in it, int64."""
 
-    samples: np.ndarray
-    """Position in the store, int64 (s,)."""
-    boxes_s4: np.ndarray
-    """True box as corners in [0, 1] of the image, float32."""
-    sizes_s2: np.ndarray
-    """Width and height of the image in pixels, float32."""
     train: np.ndarray
-    """Rows of the train split."""
+    """In the order in which shares of it are taken: drawn, for a store may be sorted by task."""
     watch: np.ndarray
-    """Rows of the test split on which the error is followed and a layer may be chosen."""
+    """Test samples on which the error is followed and a layer may be chosen."""
     rest: np.ndarray
-    """All other rows of the test split; nothing is chosen by them."""
+    """All other test samples; nothing is chosen by them."""
 
     @property
     def test(self) -> np.ndarray:
-        """Rows of the whole test split."""
+        """All test samples, the watched ones first."""
         return np.concatenate([self.watch, self.rest])
 
-    def describe(self) -> dict[str, Any]:
-        """JSON-able: how many samples, and a hash of which and with what boxes."""
-        parts = {name: self.samples[getattr(self, name)].tolist() for name in ("train", "watch", "rest")}
-        counts = {name: len(rows) for name, rows in parts.items()}
-        return counts | {"hash": hash_json(parts | {"boxes": self.boxes_s4.tolist()})}
+    def shared(self, share: float) -> np.ndarray:
+        """The train samples that a probe of this share sees, at least two."""
+        return self.train[: max(2, round(share * len(self.train)))]
+
+    def coded(self, share: float) -> np.ndarray:
+        """The train samples behind those of a share, as many again: what its probe codes."""
+        return self.train[len(self.shared(share)) : len(self.shared(2 * share))]
+
+    def describe(self, labels: np.ndarray) -> dict[str, Any]:
+        """JSON-able: how many samples, and a hash of which and with what answers."""
+        parts = {name: getattr(self, name) for name in ("train", "watch", "rest")}
+        told = {name: positions.tolist() for name, positions in parts.items()}
+        answers = {name: labels[positions].tolist() for name, positions in parts.items()}
+        return {name: len(positions) for name, positions in parts.items()} | {"hash": hash_json([told, answers])}
 
 
-def scenes(store: Any, watch: int) -> Scenes:
-    """The samples of ``store`` that are valid and have a true box.
+def split(table: pl.DataFrame, usable: np.ndarray, watch: int, order_seed: int) -> Split:
+    """The usable samples of ``table`` (``store.samples``) by its split column.
 
     At most half of the test split is watched, so that there is always a rest that chose nothing.
 
     Raises
     ------
     Refusal
-        When the store has no boxes, or none in one of its splits.
+        When a split has fewer than two samples.
     """
-    table = store.samples.with_row_index("position")
-    lacking = [name for name in ("x1", "y1", "x2", "y2") if name not in table.columns]
-    if not lacking:
-        known = pl.all_horizontal(pl.col("x1", "y1", "x2", "y2").is_not_null())
-        valid = pl.col("valid").fill_null(False) if "valid" in table.columns else pl.lit(True)
-        table = table.filter(known & valid)
-    if lacking or table.is_empty():
-        raise Refusal("the store holds no sample with a true box (x1, y1, x2, y2): there is nothing to learn")
-    rows = {name: np.flatnonzero((table["split"] == name).to_numpy()) for name in ("train", "test")}
-    for name, found in rows.items():
-        if len(found) < 2:
-            raise Refusal(f"{len(found)} samples with a true box are in split {name!r}: both train and test need some")
-    # The store may be sorted by task, so the watched images are drawn, always the same.
-    test = np.random.default_rng(0).permutation(rows["test"])
+    found = {name: np.flatnonzero((table["split"] == name).to_numpy() & usable) for name in ("train", "test")}
+    for name, positions in found.items():
+        if len(positions) < 2:
+            raise Refusal(
+                f"{len(positions)} samples with states and an answer are in split {name!r}: train and test need two each"
+            )
+    test = np.random.default_rng(0).permutation(found["test"])
     watched = min(watch, len(test) // 2)
-    sizes_s2 = table.select("width", "height").to_numpy().astype(np.float32)
-    boxes_s4 = table.select("x1", "y1", "x2", "y2").to_numpy().astype(np.float32) / np.tile(sizes_s2, 2)
-    positions = table["position"].to_numpy().astype(np.int64)
-    return Scenes(positions, boxes_s4, sizes_s2, rows["train"], np.sort(test[:watched]), np.sort(test[watched:]))
+    train = np.random.default_rng([order_seed, 4]).permutation(found["train"])
+    return Split(train, np.sort(test[:watched]), np.sort(test[watched:]))
 
 
-class States:
-    """Hidden states of the scenes at some layers: held in memory if they fit, else read batch by batch.
+def input_types(table: pl.DataFrame) -> np.ndarray:
+    """The type of every sample for the control task, int64 (s,): the last word of its instruction."""
+    words = table["instruction"] if "instruction" in table.columns else table["sample_id"]
+    last = words.fill_null("").str.to_lowercase().str.extract(r"(\w+)\W*$", 1).fill_null("")
+    return last.rank("dense").cast(pl.Int64).to_numpy()
 
-    Parameters
-    ----------
-    store : Store
-        What is read.
-    samples : ndarray of int, (s,)
-        Positions in the store; ``batch`` takes rows of this.
-    layers : sequence of str
-        Layers by name.
-    kinds : sequence of str
-        ``image``, ``text`` or both; image tokens come first.
-    memory : float
-        Bytes that may be held.
+
+class Source:
+    """A store whose states are read, in the positions of the ordinary one.
+
+    Raises
+    ------
+    Refusal
+        When it holds other layers or a width of its own.
     """
 
-    def __init__(self, store: Any, samples: np.ndarray, layers: Sequence[str], kinds: Sequence[str], memory: float):
-        self.store, self.samples, self.layers, self.kinds = store, samples, list(layers), list(kinds)
-        self.held: Tensor | None = None
-        if bytes_of(store, len(samples), kinds) * len(layers) > memory:
-            return
-        pieces = np.array_split(np.arange(len(samples)), -(-len(samples) // PIECE))
-        for rows in pieces:
-            states_bltw, masks = self._read(rows)
-            if self.held is None:
-                self.held = states_bltw.new_empty(len(samples), *states_bltw.shape[1:])
-                self.held_masks = {kind: mask.new_empty(len(samples), mask.shape[1]) for kind, mask in masks.items()}
-            self.held[rows[0] : rows[-1] + 1] = states_bltw
-            for kind, mask in masks.items():
-                self.held_masks[kind][rows[0] : rows[-1] + 1] = mask
+    def __init__(self, opened: Any, like: Any):
+        self.store, self.like = opened, like
+        if opened is like:
+            self.position_s = np.arange(like.plan.n_samples)
+        else:
+            places = {name: n for n, name in enumerate(opened.plan.samples["sample_id"])}
+            self.position_s = np.array([places.get(name, -1) for name in like.plan.samples["sample_id"]], np.int64)
+        if opened.plan.width != like.plan.width:
+            raise Refusal(f"states of {opened.place} are {opened.plan.width} wide, of {like.place} {like.plan.width}")
+        valid = np.logical_and.reduce([opened.valid_in(part.part) for part in opened.parts])
+        self.usable_s = (self.position_s >= 0) & valid[self.position_s]
 
-    def _read(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """States (b, l, t, w) and a mask (b, t) per kind; all batches are padded to the same t."""
-        parts, masks = [], []
-        for kind in self.kinds:
-            states, mask = self.store.read(self.samples[rows], self.layers, kind)
-            missing = longest(self.store, kind) - mask.shape[1]
-            parts.append(torch.nn.functional.pad(states, (0, 0, 0, missing)))
-            masks.append(torch.nn.functional.pad(mask, (0, missing)))
-        tokens = [mask.shape[1] for mask in masks]
-        by_kind = {}
-        for i, kind in enumerate(self.kinds):
-            by_kind[kind] = torch.nn.functional.pad(masks[i], (sum(tokens[:i]), sum(tokens[i + 1 :])))
-        return torch.cat(parts, dim=2), by_kind | {"all": torch.cat(masks, dim=1)}
+    @cached_property
+    def n_image(self) -> np.ndarray:
+        """Image tokens of every sample of this store, int64."""
+        return self.store.plan.samples["n_image"].to_numpy().astype(np.int64)
 
-    def batch(self, rows: np.ndarray) -> tuple[Tensor, dict[str, Tensor]]:
-        """States of ``rows`` in the store's dtype (b, l, t, w), and bool masks (b, t) by ``Spec.tokens``."""
-        if self.held is None:
-            return self._read(rows)
-        index = torch.from_numpy(rows)
-        return self.held[index], {kind: mask[index] for kind, mask in self.held_masks.items()}
+    def slots(self, tokens: str) -> tuple[np.ndarray, np.ndarray]:
+        """Where a sample's tokens of a kind are among its states (image, then text): places (s, t), counts (s,)."""
+        if tokens not in self._slots:
+            self._slots[tokens] = self._find(tokens)
+        return self._slots[tokens]
+
+    @cached_property
+    def _slots(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        return {}
+
+    def _find(self, tokens: str) -> tuple[np.ndarray, np.ndarray]:
+        n_text = self.store.plan.samples["n_text"].to_numpy().astype(np.int64)
+        counts = {"image": self.n_image, "text": n_text, "all": self.n_image + n_text}.get(tokens)
+        if counts is not None:
+            first = self.n_image if tokens == "text" else np.zeros_like(counts)
+            return first[:, None] + np.arange(counts.max()), counts
+        table = self.store.tokens.filter(pl.col("kind") == tokens).select("sample", "slot").sort("sample", "slot").collect()
+        if table.is_empty():
+            kinds = self.store.tokens.select(pl.col("kind").unique()).collect()["kind"].to_list()
+            raise Refusal(f"no token is of kind {tokens!r} in {self.store.place}: it has {', '.join(sorted(kinds))}")
+        sample, slot = table["sample"].to_numpy(), table["slot"].to_numpy().astype(np.int64)
+        counts = np.bincount(sample, minlength=len(n_text))
+        place = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
+        places = np.zeros((len(n_text), counts.max()), np.int64)
+        places[sample, place] = self.n_image[sample] + slot
+        return places, counts
 
 
-def longest(store: Any, kind: str) -> int:
-    """Tokens of this kind in the sample that has the most."""
-    return int(store.samples[f"n_{kind}"].max())
+@dataclass(frozen=True, eq=False)
+class Read:
+    """One batch as it was read: samples in positions of the ordinary store, and states of every source."""
+
+    samples: np.ndarray
+    states: Mapping[str, Tensor]
+    """By source: (b, l, t, w) in the store's dtype, image tokens first."""
 
 
-def bytes_of(store: Any, n: int, kinds: Sequence[str]) -> int:
-    """Bytes that one layer of ``n`` samples takes in memory, padding included."""
-    tokens = sum(longest(store, kind) for kind in kinds)
-    return n * tokens * store.plan.width * (2 if store.plan.dtype == "bfloat16" else 4)
+@dataclass
+class Told:
+    """What reading cost."""
+
+    nbytes: int = 0
+    """Bytes of states handed out."""
+    busy: float = 0.0
+    """Seconds that reading took, mostly beside the training."""
+    waited: float = 0.0
+    """Seconds that the training waited for it."""
+
+
+@dataclass(frozen=True, eq=False)
+class Feed:
+    """Reads what a wave of probes needs, each state once.
+
+    ``layers`` and ``tokens`` (image, text or all) are what is read, by source.
+    """
+
+    sources: Mapping[str, Source]
+    layers: Mapping[str, Sequence[str]]
+    tokens: str
+    told: Told = field(default_factory=Told)
+
+    def batches(self, samples: np.ndarray, batch: int, *, steps: int | None = None, seed: int = 0, start: int = 0) -> Iterator[Read]:
+        """Batches of ``samples``: once in their order, or ``steps`` shuffled ones from number ``start`` on."""
+        batch = min(batch, len(samples))
+        epochs = 1 if steps is None else -(-steps // (len(samples) // batch))
+        streams = {}
+        for name, layers in self.layers.items():
+            source = self.sources[name]
+            streams[name] = source.store.batches(
+                layers, self.tokens, batch, steps is not None, seed,
+                samples=source.position_s[samples], epochs=epochs, drop_last=steps is not None,
+            )
+            streams[name].position = start
+        orders = next(iter(streams.values()))
+        back = np.full(orders.choice.store.plan.n_samples, -1)
+        back[orders.choice.samples] = samples
+        iterators = {name: iter(stream) for name, stream in streams.items()}
+        try:
+            for _ in range(start, len(orders) if steps is None else steps):
+                began = time.perf_counter()
+                found = {name: next(stream) for name, stream in iterators.items()}
+                self.told.waited += time.perf_counter() - began
+                self.told.nbytes += sum(one.states.nbytes for one in found.values())
+                yield Read(back[next(iter(found.values())).sample.numpy()], {name: one.states for name, one in found.items()})
+                del found  # or its memory could not be used again
+        finally:
+            for stream in iterators.values():
+                stream.close()
+            self.told.busy += sum(stream.busy for stream in streams.values())
+
+
+class Views:
+    """What stacks read of one batch, each normalised and gathered once."""
+
+    def __init__(self, feed: Feed, read: Read, device: str, dtype: torch.dtype):
+        self.feed, self.read, self.device, self.dtype = feed, read, device, dtype
+        self._normalised: dict[str, Tensor] = {}
+        self._chosen: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
+
+    def normalised(self, source: str) -> Tensor:
+        """All states of a source, mean 0 and variance 1 over the width: (l, b, t, w)."""
+        if source not in self._normalised:
+            states_lbtw = self.read.states[source].to(self.device, non_blocking=True).transpose(0, 1)
+            self._normalised[source] = functional.layer_norm(states_lbtw.float(), states_lbtw.shape[-1:]).to(self.dtype)
+        return self._normalised[source]
+
+    def chosen(self, source: str, tokens: str) -> tuple[Tensor, Tensor | None]:
+        """Tokens of a kind (l, b, t, w), and where they are padding, as 0 and −inf (b, t); None if nowhere."""
+        if (source, tokens) not in self._chosen:
+            origin, states_lbtw = self.feed.sources[source], self.normalised(source)
+            samples = origin.position_s[self.read.samples]
+            places_bt, counts_b = (part[samples] for part in origin.slots(tokens))
+            longest = counts_b.max()
+            inside_bt = np.arange(-(-longest // ALIGNED) * ALIGNED) < counts_b[:, None]
+            if tokens == self.feed.tokens:
+                missing = inside_bt.shape[1] - states_lbtw.shape[2]
+                states_lbtw = functional.pad(states_lbtw, (0, 0, 0, missing)) if missing else states_lbtw
+            else:
+                before_b = origin.n_image[samples] if self.feed.tokens == "text" else 0
+                index_bt = np.zeros(inside_bt.shape, np.int64)
+                index_bt[:, :longest] = (places_bt[:, :longest].T - before_b).T
+                index_bt *= inside_bt
+                index_bt = torch.from_numpy(index_bt).to(self.device)
+                index = index_bt[None, :, :, None].expand(len(states_lbtw), -1, -1, states_lbtw.shape[-1])
+                states_lbtw = states_lbtw.gather(2, index)
+            closed_bt = None
+            if not inside_bt.all():
+                closed_bt = torch.from_numpy(np.where(inside_bt, np.float32(0), np.float32(-np.inf))).to(self.device)
+            self._chosen[source, tokens] = states_lbtw, closed_bt
+        return self._chosen[source, tokens]
+
+    def view(self, source: str, tokens: str, groups: Sequence[Sequence[str]], keys: int | None) -> View:
+        """The states that each group of a stack reads: its layers together."""
+        held = list(self.feed.layers[source])
+        index_gl = [[held.index(name) for name in layers] for layers in groups]
+        states_lbtw, closed_bt = self.chosen(source, tokens)
+        flat = [place for places in index_gl for place in places]
+        if flat == list(range(flat[0], flat[0] + len(flat))):
+            taken = states_lbtw[flat[0] : flat[0] + len(flat)]
+        else:
+            taken = states_lbtw[torch.tensor(flat, device=states_lbtw.device)]
+        g, l = len(index_gl), len(index_gl[0])  # noqa: E741
+        states_glbtw = taken.view(g, l, *taken.shape[1:])
+        if keys is None:
+            return View(states_glbtw, None if closed_bt is None else closed_bt.expand(g, l, -1, -1))
+        counts_b = self.feed.sources[source].slots(tokens)[1][self.feed.sources[source].position_s[self.read.samples]]
+        index_lbt = torch.from_numpy(drawn(self.read.samples, counts_b, l, keys // l)).to(self.device).transpose(0, 1)
+        index = index_lbt[None, ..., None].expand(g, -1, -1, -1, states_glbtw.shape[-1])
+        return View(states_glbtw.gather(3, index), None)
+
+
+def drawn(samples: np.ndarray, counts_b: np.ndarray, layers: int, keys: int) -> np.ndarray:
+    """``keys`` tokens of every sample and layer, drawn without repetition, always the same of a sample: (b, l, t)."""
+    chosen = [
+        [generator.permutation(count)[:keys] for _ in range(layers)]
+        for generator, count in zip(map(np.random.default_rng, samples), counts_b, strict=True)
+    ]
+    return np.sort(np.array(chosen), axis=-1)
+
+
+def sources_of(opened: Any, controls: Mapping[str, Any]) -> dict[str, Source]:
+    """The ordinary store and its control stores as sources, by name."""
+    return {name: Source(one, opened) for name, one in {ORDINARY: opened, **controls}.items()}

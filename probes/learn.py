@@ -1,23 +1,54 @@
-"""The training of one stack of proxies that read the same states: batch order, schedule, loss, prediction."""
+"""The training of one stack of probes: schedule, loss, a step, prediction, and its state for a checkpoint."""
 
+import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from probes import boxes
-from probes.config import ProbeConfig
-from probes.data import Scenes, States
+from probes.config import Recipe
+from probes.data import Views
+from probes.pooled import AttentionProbe, LinearProbe, MLPProbe
 from probes.qformer import QFormer
 from probes.specs import Spec
+from probes.stacked import Stacked, stack, take
+from probes.targets import Target
 
 FINAL_LR = 0.3
 """The cosine ends at this share of the peak learning rate [ABP §4.4]."""
 
+KINDS: dict[str, type[Stacked]] = {
+    "qformer": QFormer,
+    "linear": LinearProbe,
+    "mlp": MLPProbe,
+    "attention": AttentionProbe,
+}
 
-def learning_rate(step: int, config: ProbeConfig) -> float:
+
+@dataclass(frozen=True)
+class Job:
+    """One probe to be trained: a spec and a seed."""
+
+    spec: Spec
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its folder."""
+        return f"{self.spec.name}-seed{self.seed}"
+
+    @property
+    def shape(self) -> tuple:
+        """Jobs of one shape can be stacked, and of one shape and the same layers read the same."""
+        spec = self.spec
+        return (spec.kind, spec.source, spec.tokens, spec.target, spec.share, spec.keys, len(spec.layers))
+
+
+def learning_rate(step: int, config: Recipe) -> float:
     """Learning rate at a step: linear rise over ``warm_up``, then a cosine down to 30 % at the last step."""
     if step < config.warm_up:
         return config.lr * (step + 1) / config.warm_up
@@ -25,83 +56,119 @@ def learning_rate(step: int, config: ProbeConfig) -> float:
     return config.lr * (FINAL_LR + (1 - FINAL_LR) * (1 + math.cos(math.pi * share)) / 2)
 
 
-def batch_order(rows: np.ndarray, config: ProbeConfig, seed: int) -> Iterator[np.ndarray]:
-    """The rows of each step: shuffled epochs end to end, the same for every proxy of a seed."""
-    generator, queue = np.random.default_rng([seed, 1]), np.empty(0, rows.dtype)
-    for _ in range(config.steps):
-        while len(queue) < config.batch:
-            queue = np.concatenate([queue, generator.permutation(rows)])
-        yield queue[: config.batch]
-        queue = queue[config.batch :]
+def make(kind: str, sizes: dict[str, int], seeds: Sequence[int], layers: int, width: int, outputs: int) -> Stacked:
+    """An untrained stack of a kind: ``layers`` VLM layers of ``width`` in, ``outputs`` numbers out."""
+    return KINDS[kind](seeds, layers, width, outputs, **sizes)
 
 
-class Reader:
-    """Hands a stack of proxies what each of them reads."""
-
-    def __init__(self, states: States, specs: Sequence[Spec], device: str):
-        self.states, self.specs, self.device = states, specs, device
-        self.index_pl = torch.tensor([[states.layers.index(name) for name in spec.layers] for spec in specs])
-
-    def __call__(self, rows: np.ndarray) -> tuple[Tensor, Tensor]:
-        """States (p, b, l, t, w) as float32, and masks (p, b, t)."""
-        states_bltw, masks = self.states.batch(rows)
-        states_lbtw = states_bltw.to(self.device).float().transpose(0, 1)
-        mask_pbt = torch.stack([masks[spec.tokens] for spec in self.specs])
-        return states_lbtw[self.index_pl].transpose(1, 2), mask_pbt.to(self.device)
-
-
-@torch.no_grad()
-def predict(model: QFormer, read: Reader, rows: np.ndarray, batch: int) -> Tensor:
-    """Boxes (p, n, 4) of all proxies for ``rows``, clamped to the image, on the CPU."""
-    pieces = [rows[start : start + batch] for start in range(0, len(rows), batch)]
-    return torch.cat([model(*read(piece)).clamp(0, 1).cpu() for piece in pieces], dim=1)
-
-
-def train_stack(
-    specs: Sequence[Spec],
-    states: States,
-    scenes: Scenes,
-    config: ProbeConfig,
-    seed: int,
-    *,
-    device: str = "cpu",
-    watch: Callable[[int, Tensor], None] | None = None,
-    tick: Callable[[int], None] | None = None,
-) -> tuple[QFormer, Reader]:
-    """Train the proxies of ``specs``, all with the same number of layers, side by side.
-
-    Adam is elementwise and the losses are summed, so each becomes what it would have become alone.
+class Stack:
+    """Probes of one shape side by side: g groups that read their own layers, s probes in each.
 
     Parameters
     ----------
-    watch : callable, optional
-        Called with the step and the boxes (p, n, 4) for ``scenes.watch``: at step 0, every ``watch_every``
-        steps, and at the end.
-    tick : callable, optional
-        Called with the number of steps done, after each.
+    jobs
+        All of one ``Job.shape``, group after group, every group as large.
+    width
+        Width of a VLM state.
+    target
+        Theirs.
+    labels
+        What each is taught, like ``target.labels``, by (target, labels, seed).
     """
-    read = Reader(states, specs, device)
-    first, _ = read(scenes.train[:1])
-    model = QFormer(len(specs), first.shape[2], first.shape[-1], **config.sizes, seed=seed).to(device)
-    adam = torch.optim.Adam(model.parameters(), lr=config.lr, fused=True)
-    true_ps4 = torch.from_numpy(scenes.boxes_s4).expand(len(specs), -1, -1).clone()
-    shuffled = np.random.default_rng([seed, 2]).permutation(scenes.train)
-    for p, spec in enumerate(specs):
-        if spec.permuted:
-            true_ps4[p, scenes.train] = torch.from_numpy(scenes.boxes_s4[shuffled])
 
-    for step, rows in enumerate(batch_order(scenes.train, config, seed)):
-        if watch and step % config.watch_every == 0:
-            watch(step, predict(model, read, scenes.watch, config.batch))
-        for group in adam.param_groups:
-            group["lr"] = learning_rate(step, config)
-        predicted_pb4 = model(*read(rows))
-        loss_pb = boxes.loss(predicted_pb4, true_ps4[:, rows].to(device), step, config.l1_steps)
-        adam.zero_grad()
+    def __init__(
+        self, jobs: Sequence[Job], width: int, target: Target, labels: dict[tuple, np.ndarray], config: Recipe, device: str
+    ):
+        self.jobs, self.target, self.config, self.device = list(jobs), target, config, device
+        self.spec = jobs[0].spec
+        self.groups = list(dict.fromkeys(job.spec.layers for job in jobs))
+        outputs, kind = target.outputs, self.spec.kind
+        seeds = [job.seed for job in jobs]
+        self.model = make(kind, config.sizes(kind), seeds, len(self.spec.layers), width, outputs).to(device)
+        self.adam = torch.optim.Adam(self.model.parameters(), lr=config.lr, fused=True)
+        self.labels = [labels[job.spec.target, job.spec.labels, job.seed] for job in jobs]
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What products are computed in."""
+        return torch.bfloat16 if self.config.precision == "bfloat16" else torch.float32
+
+    def _mixed(self) -> contextlib.AbstractContextManager:
+        if self.dtype is torch.float32:
+            return contextlib.nullcontext()
+        return torch.autocast(self.device, self.dtype)
+
+    def raw(self, views: Views) -> Tensor:
+        """Raw outputs (p, b, o) of all its probes."""
+        view = views.view(self.spec.source, self.spec.tokens, self.groups, self.spec.keys)
+        with self._mixed():
+            return self.model(view)
+
+    def train(self, views: Views, step: int) -> None:
+        """One step of each probe; losses are summed and Adam is elementwise, so each goes its own way."""
+        true = torch.from_numpy(np.stack([labels[views.read.samples] for labels in self.labels])).to(self.device)
+        for group in self.adam.param_groups:
+            group["lr"] = learning_rate(step, self.config)
+        loss_pb = self.target.loss(self.raw(views), true, step, self.config.l1_steps)
         loss_pb.mean(1).sum().backward()
-        adam.step()
-        if tick:
-            tick(step + 1)
-    if watch:
-        watch(config.steps, predict(model, read, scenes.watch, config.batch))
-    return model.eval(), read
+        self.adam.step()
+        # Gradients are not kept between stacks: together they take as much memory as the weights.
+        self.adam.zero_grad(set_to_none=True)
+
+    @torch.inference_mode()
+    def answer(self, views: Views) -> Tensor:
+        """Raw outputs (p, b, o) on the CPU, for prediction."""
+        return self.raw(views).cpu()
+
+    def state(self) -> dict[str, Tensor]:
+        """Weights and optimizer state, to go on from."""
+        found = {f"weights/{name}": value for name, value in self.model.state_dict().items()}
+        for n, state in self.adam.state_dict()["state"].items():
+            found |= {f"adam/{n}/{name}": value for name, value in state.items()}
+        return found
+
+    def restore(self, found: dict[str, Tensor]) -> None:
+        """Go on from ``state``."""
+        self.model.load_state_dict({name.removeprefix("weights/"): value for name, value in found.items() if "weights/" in name})
+        state: dict[int, dict[str, Tensor]] = {}
+        for name, value in found.items():
+            if name.startswith("adam/"):
+                _, n, part = name.split("/")
+                state.setdefault(int(n), {})[part] = value
+        self.adam.load_state_dict({"state": state, "param_groups": self.adam.state_dict()["param_groups"]})
+
+    def take(self, p: int) -> dict[str, Tensor]:
+        """The weights of its p-th probe, on the CPU."""
+        return {name: value.cpu() for name, value in take(self.model, p).items()}
+
+    def fill(self, states: Sequence[dict[str, Tensor]]) -> None:
+        """Take over trained weights, of a probe each."""
+        self.model.load_state_dict(stack(states))
+
+
+def stacks_of(jobs: Sequence[Job], most: int) -> list[list[Job]]:
+    """Jobs as stacks of at most ``most`` probes: of one shape, groups of equal size, probes of a group together."""
+    shapes: dict[Any, dict[tuple, list[Job]]] = {}
+    for job in jobs:
+        shapes.setdefault(job.shape, {}).setdefault(job.spec.layers, []).append(job)
+    made = []
+    for groups in shapes.values():
+        by_size: dict[int, list[list[Job]]] = {}
+        for group in groups.values():
+            for start in range(0, len(group), most):
+                part = group[start : start + most]
+                by_size.setdefault(len(part), []).append(part)
+        for size, parts in by_size.items():
+            count = -(-len(parts) * size // most)
+            for some in np.array_split(np.arange(len(parts)), min(count, len(parts))):
+                # A group that was cut in two must not be joined again: its parts read the same layers.
+                made += _apart([parts[i] for i in some])
+    return made
+
+
+def _apart(parts: list[list[Job]]) -> list[list[Job]]:
+    stacks: list[list[list[Job]]] = []
+    for part in parts:
+        free = next((one for one in stacks if all(other[0].spec.layers != part[0].spec.layers for other in one)), None)
+        stacks.append([part]) if free is None else free.append(part)
+    return [[job for part in one for job in part] for one in stacks]

@@ -1,68 +1,130 @@
-"""The proxy: P independent Q-Formers of one shape in stacked tensors, from VLM states to one box per sample.
+"""The proxy: a Q-Former that reads VLM states as keys and values and says the box [ABP §4.4], many in one module.
 
-Every parameter has a leading axis P and no operation mixes it, so each proxy is computed, and trained by an
-elementwise optimiser such as Adam, exactly as if it were alone; ``take`` cuts one out. Training one is P = 1.
+The states need no gradient, so keys and values are never made: a query's score at a token is
+``(q·Wk)·x``, and what a head reads is ``(Σ a·x)·Wv``. That is the same function with ``heads x queries`` rows a
+sample where keys would take ``width`` columns a token, and it leaves nothing large to keep for the way back.
 
-Shape suffixes: ``p`` probe, ``b`` batch, ``q`` query, ``d`` proxy width, ``l`` VLM layer, ``t`` token,
-``w`` VLM width, ``k`` key = one (layer, token) pair, ``h`` head, ``m`` proxy layer.
+Shape suffixes: see ``probes.stacked``; ``q`` query, ``d`` proxy width, ``h`` head, ``e`` width of a head, ``n`` = q·b: all
+samples' first queries come first, so that a sample's rows are equally far apart.
 """
 
 import math
-from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from probes.boxes import centre_to_corners
+from probes.stacked import Linear, Norm, Stacked, View
 
 QUERY_STD = 0.02
 """Spread of the initial queries [ABP §4.4]; zeros would never separate them."""
 
 
-class StackedLinear(nn.Module):
-    """P linear maps side by side: (p, n, inputs) → (p, n, outputs)."""
-
-    def __init__(self, probes: int, inputs: int, outputs: int):
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(probes, inputs, outputs))
-        self.bias = nn.Parameter(torch.zeros(probes, 1, outputs))
-
-    def forward(self, x_pnd: Tensor) -> Tensor:
-        """Apply map p to rows p."""
-        return torch.baddbmm(self.bias, x_pnd, self.weight)
-
-
-class StackedNorm(nn.Module):
-    """P LayerNorms side by side over the last axis of (p, n, width)."""
-
-    def __init__(self, probes: int, width: int):
-        super().__init__()
-        self.gain = nn.Parameter(torch.ones(probes, 1, width))
-        self.bias = nn.Parameter(torch.zeros(probes, 1, width))
-
-    def forward(self, x_pnd: Tensor) -> Tensor:
-        """Normalise each row, then scale and shift it with the gain and bias of its probe."""
-        return torch.addcmul(self.bias, functional.layer_norm(x_pnd, x_pnd.shape[-1:]), self.gain)
-
-
 class LayerNorms(nn.Module):
-    """Gain and bias of a LayerNorm per VLM layer, so that norm growth does not drive attention mass (science §4).
-
-    They are folded into each projection that follows, ``(x·g + b)W = x(gW) + bW``: the same function, and neither
-    the largest tensor of the model nor its gradient is written a second time.
-    """
+    """Gain and bias of a LayerNorm per VLM layer, so that norm growth does not drive attention mass (science §4)."""
 
     def __init__(self, probes: int, vlm_layers: int, vlm_width: int):
         super().__init__()
         self.gain = nn.Parameter(torch.ones(probes, vlm_layers, vlm_width))
         self.bias = nn.Parameter(torch.zeros(probes, vlm_layers, vlm_width))
 
-    def project(self, rows_pl: Tensor, linear: StackedLinear) -> Tensor:
-        """Normalised rows (p·l, b·t, w), scaled per layer and mapped by ``linear``: (p·l, b·t, d)."""
-        weight_plwd = self.gain[..., None] * linear.weight[:, None]
-        offset_pld = self.bias @ linear.weight + linear.bias
-        return torch.baddbmm(offset_pld.flatten(0, 1)[:, None], rows_pl, weight_plwd.flatten(0, 1))
+
+class _Attend(torch.autograd.Function):
+    """Scores, one softmax over all keys, and what is read: no copy of a large tensor but one, and no gradient to states.
+
+    ``asked_glrbw`` has a sample's rows ``r`` = (s, h, q) one sample apart, which products take as they are.
+    """
+
+    @staticmethod
+    def forward(ctx, asked_glrbw: Tensor, states_glbtw: Tensor, closed_glbt: Tensor | None, offset_gbrl: Tensor | None):
+        g, l, r, b, _ = asked_glrbw.shape  # noqa: E741
+        t = states_glbtw.shape[3]
+        weights = torch.empty(g, b, r, l, t)
+        weights = weights.to(asked_glrbw.device) if asked_glrbw.is_cuda else weights
+        for i in range(g):
+            for j in range(l):
+                scores = torch.bmm(asked_glrbw[i, j].transpose(0, 1), states_glbtw[i, j].transpose(1, 2))
+                if closed_glbt is None:
+                    weights[i, :, :, j] = scores
+                else:
+                    torch.add(scores, closed_glbt[i, j, :, None], out=weights[i, :, :, j])
+        if offset_gbrl is not None:
+            weights += offset_gbrl[..., None]
+        weights = weights.view(g, b, r, l * t).softmax(-1).to(states_glbtw.dtype).view(g, b, r, l, t)
+        ctx.save_for_backward(weights, states_glbtw)
+        read = torch.stack(
+            [torch.bmm(weights[i, :, :, j], states_glbtw[i, j]) for i in range(g) for j in range(l)]
+        ).view(g, l, b, r, -1)
+        ctx.mark_non_differentiable(weights)
+        ctx.set_materialize_grads(False)
+        return read, weights.sum(-1, dtype=torch.float32), weights
+
+    @staticmethod
+    def backward(ctx, read_glbrw: Tensor, mass_gbrl: Tensor, _):
+        weights, states_glbtw = ctx.saved_tensors
+        g, b, r, l, t = weights.shape  # noqa: E741
+        asked = torch.empty(g, l, r, b, states_glbtw.shape[-1], dtype=states_glbtw.dtype, device=weights.device)
+        gradient = torch.empty_like(weights)
+        for i in range(g):
+            for j in range(l):
+                gradient[i, :, :, j] = torch.bmm(read_glbrw[i, j], states_glbtw[i, j].transpose(1, 2))
+        if mass_gbrl is not None:
+            gradient += mass_gbrl[..., None].to(gradient.dtype)
+        flat = (g, b, r, l * t)
+        gradient = torch._softmax_backward_data(gradient.view(flat), weights.view(flat), -1, gradient.dtype)
+        gradient = gradient.view(weights.shape)
+        for i in range(g):
+            for j in range(l):
+                asked[i, j] = torch.bmm(gradient[i, :, :, j], states_glbtw[i, j]).transpose(0, 1)
+        offset = gradient.sum(-1, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        return asked, None, None, offset
+
+
+class Reading(nn.Module):
+    """Cross-attention of queries to VLM states under one softmax over all (layer, token) keys.
+
+    A bias of the keys would add the same to every score of a query, and there is none.
+    """
+
+    def __init__(self, probes: int, vlm_width: int, width: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.key = nn.Parameter(torch.empty(probes, vlm_width, width))
+        self.value = nn.Parameter(torch.empty(probes, vlm_width, width))
+        self.value_bias = nn.Parameter(torch.zeros(probes, 1, width))
+
+    def forward(self, query_pnd: Tensor, view: View, norms: LayerNorms) -> tuple[Tensor, Tensor]:
+        """Queries (p, q·b, d) → what they read, of the same shape, and the attention (g, b, s·h·q, l, t)."""
+        p, n, d = query_pnd.shape
+        g, l, b, _, w = view.states_glbtw.shape  # noqa: E741
+        s, h, e, q = p // g, self.heads, d // self.heads, n // b
+        key_phew = (self.key * (1 / math.sqrt(e))).view(p, w, h, e).permute(0, 2, 3, 1)
+        value_phwe = self.value.view(p, w, h, e).transpose(1, 2)
+        if l == 1:  # one layer's gain is a part of the projections
+            key_phew = key_phew * norms.gain[:, None]
+            value_phwe = value_phwe * norms.gain.transpose(1, 2)[:, None]
+        query_rne = query_pnd.view(p, n, h, e).transpose(1, 2).reshape(p * h, n, e)
+        asked = torch.bmm(query_rne, key_phew.reshape(p * h, e, w)).view(g, 1, s * h * q, b, w)
+        offset = None
+        if l > 1:  # what the norms' biases add differs between layers, and so counts
+            asked = asked * self._gain(norms, g, s, q)[:, :, :, None].to(asked.dtype)
+            shift = (norms.bias @ self.key).view(p, l, h, e).permute(0, 2, 3, 1) * (1 / math.sqrt(e))
+            offset = torch.bmm(query_rne, shift.reshape(p * h, e, l)).view(g, s * h * q, b, l).transpose(1, 2).float()
+        states = view.states_glbtw
+        read, mass_gbrl, weights = _Attend.apply(asked.to(states.dtype), states, view.closed_glbt, offset)
+        shift = norms.bias @ self.value
+        if l > 1:
+            read = (read * self._gain(norms, g, s, q)[:, :, None].to(read.dtype)).sum(1, keepdim=True)
+            mass = mass_gbrl.view(g, b, s, h, q, l).permute(0, 2, 4, 1, 3, 5).reshape(p, n, h, l)
+            shift = torch.einsum("pnhl,plhe->pnhe", mass, shift.view(p, l, h, e).to(mass.dtype)).reshape(p, n, d)
+        read = read.squeeze(1).transpose(1, 2).reshape(p * h, n, w)
+        read = torch.bmm(read, value_phwe.reshape(p * h, w, e).to(read.dtype))
+        return read.view(p, h, n, e).transpose(1, 2).reshape(p, n, d) + (self.value_bias + shift), weights
+
+    def _gain(self, norms: LayerNorms, g: int, s: int, q: int) -> Tensor:
+        """The norms' gains for each row of a sample: (g, l, s·h·q, w)."""
+        gain_gslw = norms.gain.unflatten(0, (g, s)).transpose(1, 2)
+        return gain_gslw.repeat_interleave(self.heads * q, 2)
 
 
 class Block(nn.Module):
@@ -71,124 +133,72 @@ class Block(nn.Module):
     def __init__(self, probes: int, vlm_width: int, width: int, heads: int):
         super().__init__()
         self.heads = heads
-        self.norm_self = StackedNorm(probes, width)
-        self.qkv = StackedLinear(probes, width, 3 * width)
-        self.out_self = StackedLinear(probes, width, width)
-        self.norm_cross = StackedNorm(probes, width)
-        self.query = StackedLinear(probes, width, width)
-        self.key = StackedLinear(probes, vlm_width, width)
-        self.value = StackedLinear(probes, vlm_width, width)
-        self.out_cross = StackedLinear(probes, width, width)
-        self.norm_ffn = StackedNorm(probes, width)
-        self.up = StackedLinear(probes, width, 4 * width)
-        self.down = StackedLinear(probes, 4 * width, width)
+        self.norm_self = Norm(probes, width)
+        self.qkv = Linear(probes, width, 3 * width)
+        self.out_self = Linear(probes, width, width)
+        self.norm_cross = Norm(probes, width)
+        self.query = Linear(probes, width, width)
+        self.reading = Reading(probes, vlm_width, width, heads)
+        self.out_cross = Linear(probes, width, width)
+        self.norm_ffn = Norm(probes, width)
+        self.up = Linear(probes, width, 4 * width)
+        self.down = Linear(probes, 4 * width, width)
 
-    def split(self, x: Tensor, p: int, layers: int, b: int) -> Tensor:
-        """(p·l, b·n, d), in any grouping of its rows, → (p·b, h, l·n, d/h): all keys of a sample on one axis."""
-        x = x.view(p, layers, b, -1, self.heads, x.shape[-1] // self.heads)
-        return x.permute(0, 2, 4, 1, 3, 5).reshape(p * b, self.heads, -1, x.shape[-1])
+    def mix(self, x_pnd: Tensor, q: int) -> Tensor:
+        """Self-attention among the queries of a sample."""
+        p, n, d = x_pnd.shape
+        b, e = n // q, d // self.heads
+        parts = self.qkv(self.norm_self(x_pnd)).view(p, q, b, 3, self.heads, e)
+        query, key, value = parts.permute(3, 0, 2, 4, 1, 5).flatten(1, 3)
+        weights = torch.bmm(query * (1 / math.sqrt(e)), key.transpose(-1, -2)).softmax(-1)
+        mixed = torch.bmm(weights.to(value.dtype), value).view(p, b, self.heads, q, e)
+        return x_pnd + self.out_self(mixed.permute(0, 3, 1, 2, 4).reshape(p, n, d))
 
-    def attend(self, query: Tensor, key: Tensor, value: Tensor, closed: Tensor | None) -> tuple[Tensor, Tensor]:
-        """One softmax over all keys; ``closed`` (p·b, 1, 1, k) is −inf at padding."""
-        scores = torch.matmul(query * (1 / math.sqrt(query.shape[-1])), key.transpose(-1, -2))
-        weights = (scores if closed is None else scores + closed).softmax(-1)
-        return (weights @ value).transpose(1, 2).flatten(2), weights
-
-    def forward(self, x_pnd: Tensor, rows_pl: Tensor, norms: LayerNorms, closed: Tensor, b: int):
-        """Queries (p, b·q, d) → queries, and the cross-attention weights (p·b, h, q, k)."""
-        p, layers = norms.gain.shape[:2]
-        queries, keys, values = (self.split(part, p, 1, b) for part in self.qkv(self.norm_self(x_pnd)).chunk(3, -1))
-        mixed, _ = self.attend(queries, keys, values, None)
-        x_pnd = x_pnd + self.out_self(mixed.view(x_pnd.shape))
-        queries = self.split(self.query(self.norm_cross(x_pnd)), p, 1, b)
-        keys, values = (self.split(norms.project(rows_pl, part), p, layers, b) for part in (self.key, self.value))
-        read, weights = self.attend(queries, keys, values, closed)
-        x_pnd = x_pnd + self.out_cross(read.view(x_pnd.shape))
+    def read(self, x_pnd: Tensor, view: View, norms: LayerNorms) -> tuple[Tensor, Tensor]:
+        """Cross-attention and FFN; also the attention (g, b, s·h·q, l, t)."""
+        read, weights = self.reading(self.query(self.norm_cross(x_pnd)), view, norms)
+        x_pnd = x_pnd + self.out_cross(read)
         return x_pnd + self.down(functional.gelu(self.up(self.norm_ffn(x_pnd)))), weights
 
 
-class QFormer(nn.Module):
-    """P proxy Q-Formers of one shape [ABP §4.4]; float32, no dropout, no grid position code.
+class QFormer(Stacked):
+    """P proxy Q-Formers of one shape; float32 weights, no dropout, no grid position code.
 
     Parameters
     ----------
-    probes : int
-        P, how many independent proxies are stacked.
-    vlm_layers, vlm_width : int
-        Layers that each proxy reads together, and the width of a VLM state.
-    width, heads, depth, queries : int
-        Size of each proxy; ``width`` is a multiple of ``heads``.
-    seed : int
-        All P proxies start from the draw that a single proxy of this seed starts from, so that differences
-        between layers are not differences between starts.
+    width, heads, depth, queries
+        Size of each proxy; ``width`` is a multiple of ``heads``. The others are those of ``Stacked``.
     """
 
     def __init__(
-        self,
-        probes: int,
-        vlm_layers: int,
-        vlm_width: int,
-        *,
-        width: int,
-        heads: int,
-        depth: int,
-        queries: int,
-        seed: int,
+        self, seeds, vlm_layers, vlm_width, outputs, *, width: int, heads: int, depth: int, queries: int
     ):
+        probes = len(seeds)
         super().__init__()
         self.queries = nn.Parameter(torch.empty(probes, queries, width))
         self.norms = LayerNorms(probes, vlm_layers, vlm_width)
         self.blocks = nn.ModuleList(Block(probes, vlm_width, width, heads) for _ in range(depth))
-        self.norm = StackedNorm(probes, width)
-        self.head = nn.ModuleList(StackedLinear(probes, width, size) for size in (width, width, 4))
-        generator = torch.Generator().manual_seed(seed)
-        for name, parameter in self.named_parameters():
-            if name.endswith("weight") or name == "queries":
-                spread = QUERY_STD if name == "queries" else 1 / math.sqrt(parameter.shape[1])
-                one = torch.randn(parameter.shape[1:], generator=generator) * spread
-                parameter.data.copy_(one.expand_as(parameter))
+        self.norm = Norm(probes, width)
+        self.head = nn.ModuleList(Linear(probes, width, size) for size in (width, width, outputs))
+        self.start(seeds, {"queries": QUERY_STD})
 
-    def forward(self, states_pbltw: Tensor, mask_pbt: Tensor, *, attention: bool = False):
-        """Boxes of P proxies for one batch.
+    def forward(self, view: View, *, attention: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        """Raw outputs (p, b, o); with ``attention`` also a (p, b, h, q, l, t), h = (proxy layer, head), m outermost.
 
-        Parameters
-        ----------
-        states_pbltw : Tensor, float32
-            What each proxy reads: (probe, batch, VLM layer, token, VLM width).
-        mask_pbt : Tensor, bool
-            True where proxy p may look; every (p, b) needs at least one token.
-        attention : bool
-            Also return the cross-attention.
-
-        Returns
-        -------
-        boxes_pb4 : Tensor, float32
-            Corners (x1, y1, x2, y2) in [0, 1] of the image.
-        a_pbhqlt : Tensor, float32, only with ``attention``
-            Cross-attention with h = (proxy layer m, head j) flattened, m outermost; sums to 1 over (l, t).
+        The attention of a (p, b, h, q) sums to 1 over (l, t).
         """
-        p, b, layers, t, w = states_pbltw.shape
-        closed = states_pbltw.new_zeros(mask_pbt.shape).masked_fill_(~mask_pbt, -math.inf)
-        closed = closed[:, :, None].expand(p, b, layers, t).reshape(p * b, 1, 1, layers * t)
-        rows_pl = functional.layer_norm(states_pbltw.transpose(1, 2).reshape(p * layers, b * t, w), (w,))
-        x_pnd = self.queries[:, None].expand(-1, b, -1, -1).flatten(1, 2)
-        maps = []
-        for block in self.blocks:
-            x_pnd, weights = block(x_pnd, rows_pl, self.norms, closed, b)
+        g, l, b, t, _ = view.states_glbtw.shape  # noqa: E741
+        p, q, d = self.queries.shape
+        maps, x_pnd = [], self.queries
+        for m, block in enumerate(self.blocks):
+            x_pnd = block.mix(x_pnd, q)
+            if m == 0:  # until here the queries are the same for every sample
+                x_pnd = x_pnd[:, :, None].expand(-1, -1, b, -1).reshape(p, q * b, d)
+            x_pnd, weights = block.read(x_pnd, view, self.norms)
             if attention:
-                maps.append(weights.view(p, b, block.heads, -1, layers, t))
-        y_pbd = self.norm(x_pnd).view(p, b, -1, x_pnd.shape[-1]).mean(2)
+                maps.append(weights.view(g, b, p // g, block.heads, q, l, t).transpose(1, 2).flatten(0, 1).float())
+        y_pbd = self.norm(x_pnd).view(p, q, b, d).mean(1)
         for linear in self.head[:-1]:
             y_pbd = functional.gelu(linear(y_pbd))
-        boxes_pb4 = centre_to_corners(self.head[-1](y_pbd).sigmoid())
-        return (boxes_pb4, torch.cat(maps, dim=2)) if attention else boxes_pb4
-
-
-def take(stacked: QFormer, probe: int) -> dict[str, Tensor]:
-    """The parameters of one of the P proxies, as the state dict of a ``QFormer`` with P = 1."""
-    return {name: value[probe : probe + 1].contiguous() for name, value in stacked.state_dict().items()}
-
-
-def stack(states: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Several state dicts of P = 1 as one of P = ``len(states)``; undoes ``take``."""
-    return {name: torch.cat([state[name] for state in states]) for name in states[0]}
+        raw_pbo = self.head[-1](y_pbd).float()
+        return (raw_pbo, torch.cat(maps, dim=2)) if attention else raw_pbo

@@ -1,33 +1,56 @@
-"""Which proxies a run trains: one per layer, the mid-layer prompt proxy, and the trained floors.
+"""Which probes a sweep trains: every layer, and everything that a referee would hold beside it.
 
-A floor is a proxy that cannot know the answer, or knows only a part of the question. What a layer's proxy scores
-above the floors is due to its layer (science §8).
+A floor knows nothing, or a part of the question; a control shows what a probe of this size learns by itself; matched
+probes differ in one thing only (science §8). What a layer's probe scores beyond them is due to its layer.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Literal
 
-from probes.config import ProbeConfig
+from probes.config import SweepConfig
 from store.errors import Refusal
 
-Role = Literal["layer", "prompt", "floor"]
+Role = Literal["layer", "prompt", "floor", "control", "matched", "efficiency", "codelength", "other"]
+Labels = Literal["true", "permuted", "control"]
+
+ORDINARY = "ordinary"
+"""The store itself, beside the control stores that ``python -m extract --control`` fills."""
+
+SHARES = (1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Shares of the train split of the sample-efficiency curve; the whole of it is the ordinary probe of the layer."""
+
+PORTIONS = (1 / 64, 1 / 32, 1 / 16, 1 / 8, 1 / 4, 1 / 2)
+"""Shares that a codelength's probes are trained on; each codes the samples up to the next [Voita & Titov 2020]."""
+
+CELLS = "cell-3x3"
+"""Target of codelengths: the ninth of the picture that the box's centre lies in. A code needs classes."""
 
 
 @dataclass(frozen=True)
 class Spec:
-    """One proxy: what it reads, and which boxes it is taught."""
+    """One probe, seed apart: what it reads, and what it is taught."""
 
     name: str
-    """Its name in tables and folders, e.g. ``layer-3``."""
+    """Its name in tables and folders, unique in a sweep, e.g. ``layer-3``."""
     role: Role
-    """Shown on the layer axis, as the prompt proxy, or as a floor."""
+    """What it is for."""
     layers: tuple[str, ...]
     """VLM layers read together, under one softmax."""
-    tokens: Literal["all", "image", "text", "none"]
-    """Tokens of these layers that it sees; none for the floors that need no training."""
-    permuted: bool = False
-    """Taught the boxes of other samples: what can be had from the distribution of boxes alone."""
+    tokens: str = "all"
+    """Tokens of these layers that it sees: image, text, all, or a kind of the token table."""
+    kind: str = "qformer"
+    """qformer, linear, mlp or attention; constant for floors without training."""
+    target: str = "box"
+    """What it is to say; see ``probes.targets``."""
+    labels: Labels = "true"
+    """The samples' own answers, those of other samples, or one drawn per type of input (the control task)."""
+    source: str = ORDINARY
+    """Which store its states are of: the ordinary one, random-weights or shuffled-images."""
+    share: float = 1.0
+    """Share of the train split that it sees."""
+    keys: int | None = None
+    """(layer, token) pairs of a sample that it sees, drawn evenly over the layers; all if not given."""
 
     @property
     def layer(self) -> str:
@@ -36,6 +59,11 @@ class Spec:
         if len(self.layers) > 1 and blocks and blocks == list(range(blocks[0], blocks[0] + len(self.layers))):
             return f"{blocks[0]}–{blocks[-1]}"
         return ",".join(self.layers)
+
+    def about(self) -> dict[str, Any]:
+        """Its row in the table of probes."""
+        fields = asdict(self)
+        return fields | {"probe": fields.pop("name"), "layers": list(self.layers), "layer": self.layer}
 
 
 def blocks_of(layers: Sequence[str]) -> list[str]:
@@ -50,8 +78,15 @@ def middle_third(layers: Sequence[str]) -> tuple[str, ...]:
     return tuple(blocks[third : len(blocks) - third])
 
 
-def specs(config: ProbeConfig, layers: Sequence[str]) -> list[Spec]:
-    """All proxies of a run on a store that holds ``layers``.
+def fraction(share: float) -> str:
+    """A share of one over a whole number as a name: ``1-of-16``."""
+    return f"1-of-{round(1 / share)}"
+
+
+def specs(config: SweepConfig, layers: Sequence[str], controls: Sequence[str], text_tokens: int) -> list[Spec]:
+    """All probes of a sweep over a store that holds ``layers``, beside which the ``controls`` stores are given.
+
+    ``text_tokens`` is the least number of prompt tokens of a sample: what matched probes may have of each layer.
 
     Raises
     ------
@@ -64,15 +99,49 @@ def specs(config: ProbeConfig, layers: Sequence[str]) -> list[Spec]:
             raise Refusal(
                 f"--{option.replace('_', '-')} names {', '.join(unknown)}; the store holds {', '.join(layers)}"
             )
-    middle = middle_third(layers)
-    prompt = config.prompt_layers or middle
-    wanted = [Spec(f"layer-{name}", "layer", (name,), "all") for name in config.layers or layers]
-    if prompt:
-        wanted.append(Spec("mid-prompt", "prompt", tuple(prompt), "text"))
-    if "embed" in layers:
+    common = Spec("", "layer", (), config.tokens, config.probe, config.target)
+    wanted = list(_specs(config, common, layers, controls, text_tokens))
+    # Asked of one layer alone, the prompt's probe and a floor may be the same as a layer's.
+    return list({spec.name: spec for spec in wanted}.values())
+
+
+def _specs(
+    config: SweepConfig, common: Spec, layers: Sequence[str], controls: Sequence[str], text_tokens: int
+) -> Iterator[Spec]:
+    parts, chosen = config.parts, config.layers or tuple(layers)
+    middle = config.prompt_layers or middle_third(layers)
+
+    def each(role: Role, prefix: str, **changes: Any) -> Iterator[Spec]:
+        for name in chosen:
+            yield replace(common, name=f"{prefix}-{name}", role=role, layers=(name,), **changes)
+
+    if "layers" in parts:
+        yield from each("layer", "layer")
+    if "prompt" in parts and middle:
+        yield replace(common, name="mid-prompt", role="prompt", layers=tuple(middle), tokens="text")
+    if "floors" in parts and "embed" in layers:
         # Before the first block no token has seen another: these two know the words only, and the picture only.
-        wanted.append(Spec("floor-text-only", "floor", ("embed",), "text"))
-        wanted.append(Spec("floor-image-only", "floor", ("embed",), "image"))
-    centre = middle[len(middle) // 2] if middle else layers[len(layers) // 2]
-    wanted.append(Spec("floor-permuted", "floor", (centre,), "all", permuted=True))
-    return wanted
+        for kind in ("text", "image"):
+            yield replace(common, name=f"floor-{kind}-only", role="floor", layers=("embed",), tokens=kind)
+    if "permuted" in parts:
+        yield from each("control", "permuted", labels="permuted")
+    if "control-task" in parts:
+        yield from each("control", "control", labels="control")
+    for source in controls:
+        yield from each("control", source.split("-")[0], source=source)
+    if "matched" in parts and len(middle) > 1:
+        keys = text_tokens - text_tokens % len(middle)
+        centre = (middle[len(middle) // 2],)
+        for tokens, count in ((tokens, count) for tokens in ("all", "text") for count in (1, len(middle))):
+            name = f"matched-{'prompt' if tokens == 'text' else tokens}-{'1' if count == 1 else 'n'}"
+            read = centre if count == 1 else tuple(middle)
+            yield replace(common, name=name, role="matched", layers=read, tokens=tokens, keys=keys)
+    if "shares" in parts:
+        for share in SHARES:
+            for spec in each("efficiency", "layer", share=share):
+                yield replace(spec, name=f"{spec.name}-{fraction(share)}")
+    if "codelength" in parts:
+        target = CELLS if config.target == "box" else config.target
+        for share in PORTIONS:
+            for spec in each("codelength", "codelength", share=share, target=target):
+                yield replace(spec, name=f"{spec.name}-{fraction(share)}")

@@ -264,6 +264,8 @@ class Batches(torch.utils.data.IterableDataset):
         self.per_epoch = count // batch_size if drop_last else -(-count // batch_size)
         self.position = 0
         """Batches that were handed out."""
+        self.busy = 0.0
+        """Seconds that reading took, mostly beside whoever uses the batches."""
         self._running: Generator[Batch | RaggedBatch, None, None] | None = None
         self._quick = False
         self._buffers = _Buffers(pin)
@@ -334,7 +336,9 @@ class Batches(torch.utils.data.IterableDataset):
         def load(one: np.ndarray) -> tuple[Batch | RaggedBatch, bool]:
             began = time.perf_counter()
             batch = self.choice.read(one, buffers.take(self.choice.bytes_of(one)))
-            return batch, time.perf_counter() - began < QUICK_SECONDS
+            took = time.perf_counter() - began
+            self.busy += took
+            return batch, took < QUICK_SECONDS
 
         with ThreadPoolExecutor(1, thread_name_prefix="batches") as reading:
             loading: deque = deque()
