@@ -61,9 +61,101 @@ def centre_distance(a: Tensor, b: Tensor, size: Tensor | None = None) -> Tensor:
     return (gap * size).norm(dim=-1) / size.norm(dim=-1)
 
 
+def centre_distance_over_box(predicted: Tensor, true: Tensor, size: Tensor) -> Tensor:
+    """Distance (...) between centres in pixels over the true box's size, the square root of its area in pixels.
+
+    ``size`` (..., 2) is the image's width and height in pixels.
+    """
+    gap = (predicted[..., :2] + predicted[..., 2:] - true[..., :2] - true[..., 2:]) / 2
+    return (gap * size).norm(dim=-1) / (area(true) * size.prod(-1)).clamp(min=TINY).sqrt()
+
+
+def pointing(predicted: Tensor, true: Tensor) -> Tensor:
+    """Whether (...) the predicted box's centre lies within the true box, bool.
+
+    A centre placed uniformly at random hits with the true box's area for probability.
+    """
+    centre = (predicted[..., :2] + predicted[..., 2:]) / 2
+    return ((centre >= true[..., :2]) & (centre <= true[..., 2:])).all(-1)
+
+
 def containment(inner: Tensor, outer: Tensor) -> Tensor:
     """Share (...) of ``inner``'s area that lies within ``outer``, in [0, 1]."""
     return intersection(inner, outer) / area(inner).clamp(min=TINY)
+
+
+def chance_overlap(size: Tensor, box: Tensor) -> Tensor:
+    """Expected area (...) that ``box`` shares with a box of ``size`` placed uniformly at random inside the image.
+
+    The axes are independent. Along one, the placed box [x, x + w] has x uniform on [0, 1 − w], and a point t of the
+    image is covered for the x in [max(t − w, 0), min(t, 1 − w)]. The expected overlap with [a, b] is the integral of
+    that length over t from a to b, over 1 − w; its antiderivative is (t² − (t − 1 + w)₊² − (t − w)₊²) / 2.
+
+    Parameters
+    ----------
+    size : Tensor
+        Width and height (..., 2) in [0, 1] of the image.
+    box : Tensor
+        Corners (..., 4) of the box that stays.
+    """
+    room = 1 - size
+
+    def covered(t: Tensor) -> Tensor:
+        return (t**2 - (t - room).clamp(min=0) ** 2 - (t - size).clamp(min=0) ** 2) / 2
+
+    start, end = box[..., :2], box[..., 2:]
+    free = room > 1e-6  # as wide as the image it has one place only
+    along = torch.where(free, (covered(end) - covered(start)) / room.clamp(min=1e-6), end - start)
+    return along.clamp(min=0).prod(-1)
+
+
+METRICS = (
+    "iou",
+    "iou_at_0.5",
+    "giou",
+    "centre_distance",
+    "centre_distance_over_box",
+    "pointing",
+    "pointing_chance",
+    "truth_inside",
+    "truth_inside_chance",
+    "inside_truth",
+    "inside_truth_chance",
+)
+"""What ``metrics`` gives, in order."""
+
+
+def metrics(predicted_n4: Tensor, true_n4: Tensor, size_n2: Tensor) -> dict[str, Tensor]:
+    """How well each predicted box fits its true one: name → float64 (n,), the keys of ``METRICS``.
+
+    ``truth_inside`` is the share of the true box that the predicted one covers, ``inside_truth`` the share of the
+    predicted box that lies within the true one. Beside pointing and containment stands what a box of the predicted
+    size reaches when it is placed uniformly at random.
+
+    Parameters
+    ----------
+    predicted_n4, true_n4 : Tensor
+        Corners in [0, 1].
+    size_n2 : Tensor
+        Width and height of the image in pixels.
+    """
+    predicted, true, size = predicted_n4.double(), true_n4.double(), size_n2.double()
+    overlap = iou(predicted, true)
+    by_chance = chance_overlap((predicted[:, 2:] - predicted[:, :2]).clamp(0, 1), true)
+    values = (
+        overlap,
+        overlap >= 0.5,
+        giou(predicted, true),
+        centre_distance(predicted, true, size),
+        centre_distance_over_box(predicted, true, size),
+        pointing(predicted, true),
+        area(true),
+        containment(true, predicted),
+        by_chance / area(true).clamp(min=TINY),
+        containment(predicted, true),
+        by_chance / area(predicted).clamp(min=TINY),
+    )
+    return {name: value.double() for name, value in zip(METRICS, values, strict=True)}
 
 
 def loss(predicted: Tensor, true: Tensor, step: int, l1_steps: int) -> Tensor:

@@ -1,131 +1,192 @@
-"""``python -m probes evaluate``: the table of a finished run, and whether a mid layer beats the last and the floors."""
+"""``python -m probes evaluate``: the table of a finished run, its verdict, and a paragraph that says what it shows."""
 
 import json
 from pathlib import Path
+from typing import Any, NamedTuple
 
-import numpy as np
 import polars as pl
 
+from probes.comparisons import SELECTIVITY
 from probes.config import EvaluateConfig
-from probes.intervals import interval, paired_difference, resamples
-from probes.specs import blocks_of
+from probes.panel import HELD_OUT, MAIN
+from probes.verdict import MAIN_NAMES, natural, paragraph, verdict
 from store.errors import Refusal
 
-SHOWN = ("iou", "iou_at_0.5", "centre_distance")
+COLUMNS = {
+    "iou": ("iou_at_0.5", "centre_distance"),
+    "accuracy": ("bits",),
+    "r2": ("absolute_error",),
+}
+"""Main metric → what stands beside it in the table."""
+HEADS = {
+    "iou_at_0.5": "IoU@0.5",
+    "centre_distance": "centre/diag",
+    "bits": "bits",
+    "absolute_error": "abs. error",
+}
+QUESTIONS = {
+    "layer": "Does the best mid layer beat the last layer, before and after the final norm, and every floor?",
+    "prompt": "Do prompt tokens of the middle layers together beat the best single layer?",
+    "controls": "Is it the layer's own: more than a control task, and than a model of random weights?",
+}
+ROLES = ("floor", "layer", "prompt", "matched", "other")
+"""Roles that get a row of the table, in order; controls stand beside their layer, shares and codes below."""
 
 
-def read_run(out: Path) -> tuple[pl.DataFrame, pl.DataFrame]:
-    """Results and predictions of a finished run.
+class Run(NamedTuple):
+    """The tables of a finished run."""
+
+    results: pl.DataFrame
+    comparisons: pl.DataFrame
+    about: pl.DataFrame
+    predictions: pl.DataFrame
+
+
+def read_run(out: Path) -> Run:
+    """The tables of a finished run.
 
     Raises
     ------
     Refusal
-        When the folder holds none.
+        When the folder lacks one.
     """
-    paths = [Path(out) / f"{name}.parquet" for name in ("results", "predictions")]
-    missing = [path.name for path in paths if not path.exists()]
+    paths = {name: Path(out) / f"{name}.parquet" for name in Run._fields}
+    missing = [path.name for path in paths.values() if not path.exists()]
     if missing:
         raise Refusal(f"{out} lacks {', '.join(missing)}: run `python -m probes train --out {out}` to its end first")
-    return pl.read_parquet(paths[0]), pl.read_parquet(paths[1])
+    return Run(*map(pl.read_parquet, paths.values()))
 
 
-def overlaps(predictions: pl.DataFrame) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """IoU of every test image by probe, averaged over seeds, and which images were watched during training.
-
-    All arrays (n,) are in the order of the images, so that differences are paired.
-    """
-    means = predictions.group_by("probe", "sample").agg(pl.col("iou").mean(), pl.col("watched").first())
-    means = means.sort("probe", "sample")
-    by_probe = {name: part for (name,), part in means.partition_by("probe", as_dict=True, maintain_order=True).items()}
-    watched_n = next(iter(by_probe.values()))["watched"].to_numpy()
-    return {name: part["iou"].to_numpy() for name, part in by_probe.items()}, watched_n
-
-
-def final_table(results: pl.DataFrame, predictions: pl.DataFrame) -> pl.DataFrame:
-    """One row per probe in the order of training: n, and each shown metric with its 95 % interval over images.
-
-    Seeds are averaged per image first; the interval is of images, not of seeds.
-    """
-    identity = results.select("probe", "role", "layer", "tokens").unique(maintain_order=True)
-    marked = predictions.with_columns((pl.col("iou") >= 0.5).cast(pl.Float64).alias("iou_at_0.5"))
-    means = marked.group_by("probe", "sample").agg(pl.col(*SHOWN).mean()).sort("probe", "sample")
-    rows = []
-    for about in identity.iter_rows(named=True):
-        part = means.filter(pl.col("probe") == about["probe"])
-        weights_rn = resamples(part.height)
-        numbers: dict[str, float] = {"n": part.height}
-        for metric in SHOWN:
-            ends = interval(part[metric].to_numpy(), weights_rn)
-            numbers |= dict(zip((metric, f"{metric}_low", f"{metric}_high"), ends, strict=True))
-        rows.append(about | numbers)
-    return pl.DataFrame(rows)
-
-
-def verdict(results: pl.DataFrame, predictions: pl.DataFrame) -> dict:
-    """Whether the best mid layer beats the last layer, before and after the final norm, and every floor.
-
-    The layer, any block but the first and the last, is chosen on the watched test images and compared on the
-    others, so that choosing the best of many does not count in its favour. It must beat every opponent by its own
-    95 % interval: a claim that needs all of them at once needs no correction for their number.
-
-    Returns
-    -------
-    dict
-        ``answer`` (bool, None if there is no mid layer to speak of), ``chosen``, ``n``, ``differences`` (opponent,
-        mean, low, high of the IoU difference) and ``sentence``.
-    """
-    iou, watched_n = overlaps(predictions)
-    blocks = blocks_of(sorted(results.filter(pl.col("role") == "layer")["layer"].unique(), key=natural))
-    middle = [f"layer-{name}" for name in blocks[1:-1]]
-    floors = results.filter(pl.col("role") == "floor")["probe"].unique(maintain_order=True).to_list()
-    last = [name for name in (f"layer-{blocks[-1]}" if blocks else "", "layer-final") if name in iou]
-    if not middle or not last:
-        return {"answer": None, "sentence": "No verdict: it takes a mid layer and the last one, each with a proxy."}
-    rest_n = ~watched_n
-    chosen = max(middle, key=lambda name: iou[name][watched_n].mean())
-    weights_rn = resamples(int(rest_n.sum()))
-    differences = []
-    for name in [*last, *floors]:
-        mean, low, high = paired_difference(iou[chosen][rest_n], iou[name][rest_n], weights_rn)
-        differences.append({"opponent": name, "mean": mean, "low": low, "high": high})
-    lost = [entry["opponent"] for entry in differences if entry["low"] <= 0]
-    nearest = min(differences[len(last) :], key=lambda entry: entry["mean"])
-    told = ", ".join(
-        f"{entry['opponent']} {entry['mean']:+.3f} [{entry['low']:+.3f}, {entry['high']:+.3f}]"
-        for entry in [*differences[: len(last)], nearest]
-    )
-    sentence = (
-        f"{'No' if lost else 'Yes'}: the best mid layer on {watched_n.sum()} images, {chosen}, differs in mean IoU on "
-        f"{rest_n.sum()} others from {told} (the nearest floor)."
-    )
-    if lost:
-        sentence += f" It does not clearly beat {', '.join(lost)}."
-    return {
-        "answer": not lost,
-        "chosen": chosen,
-        "n": int(rest_n.sum()),
-        "differences": differences,
-        "sentence": sentence,
-    }
-
-
-def natural(layer: str) -> tuple[int, str]:
-    """Sort key of layer names: embed, blocks by number, final."""
-    return (int(layer), "") if layer.isdigit() else (-1 if layer == "embed" else 10**6, layer)
+def final_table(results: pl.DataFrame, data: str = HELD_OUT, stratum: str = "all") -> pl.DataFrame:
+    """One row per probe over all its seeds: what it is, n, seeds, and each metric with ``_low`` and ``_high``."""
+    rows = results.filter(pl.col("seed").is_null(), pl.col("step").is_null(), data=data, stratum=stratum)
+    identity = ["probe", "role", "kind", "layer", "tokens", "target", "labels", "source", "share", "keys"]
+    out: dict[str, dict[str, Any]] = {}
+    for row in rows.iter_rows(named=True):
+        own = out.setdefault(row["probe"], {name: row[name] for name in [*identity, "data", "n", "seeds"]})
+        own |= {row["metric"]: row["value"], f"{row['metric']}_low": row["low"], f"{row['metric']}_high": row["high"]}
+    return pl.DataFrame(list(out.values()), infer_schema_length=None)
 
 
 def evaluate(config: EvaluateConfig) -> None:
-    """Print a row per proxy with its 95 % intervals, and whether a mid layer beats the last one and the floors."""
-    results, predictions = read_run(config.out)
-    table, answer = final_table(results, predictions), verdict(results, predictions)
+    """Print a row per probe with its 95 % intervals, the verdict, and what the run shows in plain words."""
+    run = read_run(config.out)
+    told, words = verdict(run.results, run.comparisons), paragraph(run.results, run.comparisons)
+    data = run.results["data"].unique(maintain_order=True).to_list()
     if config.json:
-        print(json.dumps({"probes": table.to_dicts(), "verdict": answer}))
+        probes = [row for name in data for row in final_table(run.results, name).to_dicts()]
+        print(
+            json.dumps(
+                {"probes": probes, "comparisons": run.comparisons.to_dicts(), "verdict": told, "paragraph": words}
+            )
+        )
         return
-    width = max(map(len, table["probe"]))
-    print(f"\n{'probe':<{width}}  {'reads':<12} {'n':>5}  {'mean IoU':<21} {'IoU@0.5':<21} centre distance / diagonal")
-    for entry in table.iter_rows(named=True):
-        cells = (f"{entry[m]:.3f} [{entry[f'{m}_low']:.3f}, {entry[f'{m}_high']:.3f}]" for m in SHOWN)
-        reads = f"{entry['tokens']} @ {entry['layer']}" if entry["tokens"] != "none" else "nothing"
-        print(f"{entry['probe']:<{width}}  {reads:<12} {entry['n']:>5}  {'  '.join(cells)}")
-    print("\nDoes the best mid layer beat the last layer, before and after the final norm, and every floor?")
-    print(answer["sentence"])
+    for name in data:
+        print("\n".join(["", *table(run.results, run.comparisons, name)]))
+    for part, question in QUESTIONS.items():
+        print(f"\n{question}\n{told[part]['sentence']}")
+    print(f"\n{words}")
+
+
+def table(results: pl.DataFrame, comparisons: pl.DataFrame, data: str = HELD_OUT) -> list[str]:
+    """The lines of the table of one data set: floors, layers in the order of the pass with their controls, the rest."""
+    whole = final_table(results, data)
+    lines: list[str] = []
+    for target in whole["target"].unique(maintain_order=True):
+        rows = whole.filter(pl.col("target") == target).to_dicts()
+        main = next((name for name in MAIN.values() if any(row.get(name) is not None for row in rows)), None)
+        if main:
+            asked = comparisons.filter(pl.col("data") == data, pl.col("target") == target)
+            lines += [
+                f"{target} on {data} images; 95 % intervals over seeds and images",
+                *target_lines(rows, main, asked),
+            ]
+        lines += code_lines(rows)
+    return lines
+
+
+def target_lines(rows: list[dict[str, Any]], main: str, comparisons: pl.DataFrame) -> list[str]:
+    """The table of one target."""
+    selectivity = {row["a"]: row for row in comparisons.filter(pl.col("question") == SELECTIVITY).iter_rows(named=True)}
+    shown = sorted(
+        (row for row in rows if row["role"] in ROLES and row.get(main) is not None),
+        key=lambda row: (ROLES.index(row["role"]), natural(row["layer"]) if row["role"] == "layer" else (0, "")),
+    )
+    beside = {
+        "random": {"source": "random-weights"},
+        "shuffled": {"source": "shuffled-images"},
+        "permuted": {"labels": "permuted"},
+    }
+    twins = {
+        head: {row["probe"]: twin_value(rows, row, main, wanted) for row in shown} for head, wanted in beside.items()
+    }
+    twins = {head: values for head, values in twins.items() if any(value is not None for value in values.values())}
+    cells = [["probe", "reads", "n", "seeds", MAIN_NAMES[main], *(HEADS[name] for name in COLUMNS[main])]]
+    cells[0] += [*(["selectivity"] if selectivity else []), *twins]
+    for row in shown:
+        reads = f"{row['tokens']} @ {row['layer']}" if row["tokens"] != "none" else "nothing"
+        line = [row["probe"], reads, str(row["n"]), str(row["seeds"])]
+        line += [f"{row[main]:.3f} [{row[f'{main}_low']:.3f}, {row[f'{main}_high']:.3f}]"]
+        line += [f"{row[name]:.3f}" for name in COLUMNS[main]]
+        if selectivity:
+            own = selectivity.get(row["probe"])
+            line.append(f"{own['difference']:+.3f} [{own['low']:+.3f}, {own['high']:+.3f}]" if own else "")
+        line += ["" if values[row["probe"]] is None else f"{values[row['probe']]:.3f}" for values in twins.values()]
+        cells.append(line)
+    return aligned(cells) + share_lines(rows, main)
+
+
+def twin_value(rows: list[dict], own: dict, main: str, wanted: dict[str, str]) -> float | None:
+    """The main metric of the layer's control that differs in what is wanted."""
+    if own["role"] != "layer":
+        return None
+    same = {name: own[name] for name in ("kind", "tokens", "layer", "share", "labels", "source")} | wanted
+    return next((row[main] for row in rows if all(row[name] == value for name, value in same.items())), None)
+
+
+def aligned(cells: list[list[str]]) -> list[str]:
+    """Cells in columns, two blanks apart; counts to the right."""
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    return [
+        "  ".join(
+            text.rjust(width) if cells[0][i] in ("n", "seeds") else text.ljust(width)
+            for i, (text, width) in enumerate(zip(line, widths, strict=True))
+        ).rstrip()
+        for line in cells
+    ]
+
+
+def share_lines(rows: list[dict[str, Any]], main: str) -> list[str]:
+    """Sample efficiency: the main metric by share of the train split, a line per layer."""
+    by_layer: dict[str, dict[float, dict]] = {}
+    for row in rows:
+        if row["role"] == "efficiency" and row.get(main) is not None:
+            by_layer.setdefault(row["layer"], {})[row["share"]] = row
+    if not by_layer:
+        return []
+    for row in rows:
+        if row["role"] == "layer" and row["layer"] in by_layer and row.get(main) is not None:
+            by_layer[row["layer"]].setdefault(1.0, row)
+    shares = sorted({share for of_layer in by_layer.values() for share in of_layer})
+    cells = [[f"{MAIN_NAMES[main]} by share of the train split", "n", "seeds", *(f"{share:.4g}" for share in shares)]]
+    for layer in sorted(by_layer, key=natural):
+        some = next(iter(by_layer[layer].values()))
+        line = [f"layer {layer}", str(some["n"]), str(some["seeds"])]
+        for share in shares:
+            row = by_layer[layer].get(share)
+            line.append("" if row is None else f"{row[main]:.3f} [{row[f'{main}_low']:.3f}, {row[f'{main}_high']:.3f}]")
+        cells.append(line)
+    return ["", *aligned(cells)]
+
+
+def code_lines(rows: list[dict[str, Any]]) -> list[str]:
+    """Codelengths of the labels: a line per layer."""
+    coded = sorted((row for row in rows if row.get("compression") is not None), key=lambda row: natural(row["layer"]))
+    if not coded:
+        return []
+    cells = [[f"online code of {coded[0]['target']}", "n", "seeds", "bits", "uniform", "compression"]]
+    for row in coded:
+        ends = f"[{row['compression_low']:.3f}, {row['compression_high']:.3f}]"
+        numbers = [f"{row['codelength']:.0f}", f"{row['uniform_codelength']:.0f}", f"{row['compression']:.3f} {ends}"]
+        cells.append([row["probe"], str(row["n"]), str(row["seeds"]), *numbers])
+    return ["", *aligned(cells)]

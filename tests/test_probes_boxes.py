@@ -67,6 +67,67 @@ def test_centre_distance_is_over_the_diagonal_of_the_image_in_pixels():
     assert wide.item() == pytest.approx(0.8 * 400 / 500)
 
 
+def test_centre_distance_over_the_box_is_in_square_roots_of_its_area():
+    true, guess = torch.tensor([[0.0, 0.0, 0.1, 0.4]]), torch.tensor([[0.5, 0.0, 0.6, 0.4]])
+    size = torch.tensor([[400.0, 100.0]])  # the box is 40 by 40 pixels, the centres 200 apart
+    assert boxes.centre_distance_over_box(guess, true, size).item() == pytest.approx(200 / 40)
+
+
+def test_pointing_asks_whether_the_predicted_centre_is_in_the_true_box():
+    true = torch.tensor([[0.4, 0.4, 0.6, 0.6]])
+    for guess, hit in (([0.0, 0.0, 1.0, 1.0], True), ([0.0, 0.0, 0.7, 0.9], False)):
+        assert boxes.pointing(torch.tensor([guess]), true).item() is hit
+
+
+@given(box(), st.floats(0.01, 1), st.floats(0.01, 1))
+def test_chance_overlap_is_the_mean_over_all_places_of_the_box(true, width, height):
+    along = []
+    for side, low, high in ((width, true[0], true[2]), (height, true[1], true[3])):
+        x = (np.arange(20_000) + 0.5) / 20_000 * (1 - side)
+        along.append(np.clip(np.minimum(x + side, high) - np.maximum(x, low), 0, None).mean())
+    size = torch.tensor([width, height], dtype=torch.float64)
+    assert boxes.chance_overlap(size, torch.from_numpy(true)).item() == pytest.approx(along[0] * along[1], abs=1e-4)
+
+
+def test_chance_beside_the_metrics_is_what_random_places_reach():
+    rng = np.random.default_rng(0)
+    true, guess = (np.array([ends]) for ends in ([0.2, 0.5, 0.45, 0.9], [0.1, 0.1, 0.5, 0.4]))
+    n = 200_000
+    corner = rng.uniform(0, 1, (n, 2)) * (1 - (guess[0, 2:] - guess[0, :2]))
+    placed = torch.from_numpy(np.concatenate([corner, corner + guess[0, 2:] - guess[0, :2]], 1))
+    truth = torch.from_numpy(true)
+    told = boxes.metrics(torch.from_numpy(guess), truth, torch.ones(1, 2))
+    for name, values in (
+        ("truth_inside", boxes.containment(truth, placed)),
+        ("inside_truth", boxes.containment(placed, truth)),
+    ):
+        assert told[f"{name}_chance"].item() == pytest.approx(values.mean().item(), abs=0.003)
+    centres = torch.from_numpy(np.tile(rng.uniform(0, 1, (n, 2)), 2))
+    assert told["pointing_chance"].item() == pytest.approx(
+        boxes.pointing(centres, truth).double().mean().item(), abs=0.003
+    )
+
+
+@given(box(), box())
+def test_every_metric_of_a_box_is_within_its_bounds(a, b):
+    told = boxes.metrics(torch.from_numpy(a)[None], torch.from_numpy(b)[None], torch.tensor([[300.0, 200.0]]))
+    assert tuple(told) == boxes.METRICS
+    for name, value in told.items():
+        low = -1 if name == "giou" else 0
+        high = np.inf if name == "centre_distance_over_box" else 1
+        assert low - 1e-9 <= value.item() <= high + 1e-9
+
+
+@given(box())
+def test_the_true_box_itself_has_the_best_of_every_metric(a):
+    x = torch.from_numpy(a)[None]
+    told = boxes.metrics(x, x, torch.tensor([[300.0, 200.0]]))
+    for name in ("iou", "iou_at_0.5", "giou", "pointing", "truth_inside", "inside_truth"):
+        assert told[name].item() == pytest.approx(1)
+    for name in ("centre_distance", "centre_distance_over_box"):
+        assert told[name].item() == pytest.approx(0, abs=1e-9)
+
+
 def test_the_loss_is_l1_alone_and_then_six_tenths_l1_and_four_tenths_giou():
     a, b = torch.tensor([0.1, 0.1, 0.3, 0.3]), torch.tensor([0.2, 0.1, 0.6, 0.5])
     near, overlap = boxes.l1(a, b), boxes.giou(a, b)
