@@ -50,7 +50,10 @@ class Checkpoint:
         names = {STEP, f"{step}.parquet"}
         for i, stack in enumerate(stacks):
             names.add(f"{step}-{i}.safetensors")
-            save_file({name: value.contiguous() for name, value in stack.state().items()}, self.folder / f"{step}-{i}.safetensors")
+            save_file(
+                {name: value.contiguous() for name, value in stack.state().items()},
+                self.folder / f"{step}-{i}.safetensors",
+            )
         table = io.BytesIO()
         pl.DataFrame(curves, infer_schema_length=None).write_parquet(table)
         write_file(self.folder / f"{step}.parquet", table.getvalue())

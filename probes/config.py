@@ -24,7 +24,9 @@ Kind = Literal["qformer", "linear", "mlp", "attention"]
 WHERE = frozenset({"store", "out", "preset", "seeds", "memory", "device", "threads", "checkpoint", "stack"})
 """Fields that say where and how much is run, not what a probe is: they may differ between runs into one folder."""
 
-CHOICE = frozenset({"parts", "layers", "prompt_layers", "random_weights", "shuffled_images", "tokens", "probe", "labels"})
+CHOICE = frozenset(
+    {"parts", "layers", "prompt_layers", "random_weights", "shuffled_images", "tokens", "probe", "labels"}
+)
 """Fields that say which probes are trained, which every probe's own spec says, too."""
 
 
@@ -121,7 +123,9 @@ class SweepConfig(Recipe):
     `--layers 6 11 final --parts layers permuted`.
     """
 
-    parts: tuple[Literal["layers", "prompt", "floors", "permuted", "control-task", "matched", "shares", "codelength"], ...] = PARTS
+    parts: tuple[
+        Literal["layers", "prompt", "floors", "permuted", "control-task", "matched", "shares", "codelength"], ...
+    ] = PARTS
     """What is trained: layers (a probe a layer), prompt (one on the prompt tokens of the middle layers together),
     floors (words alone, picture alone), permuted (labels, every layer), control-task (a label drawn per type of input,
     every layer), matched (tokens x layer count, keys and parameters alike), shares (sample efficiency, first seed),

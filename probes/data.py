@@ -127,7 +127,9 @@ class Source:
         if counts is not None:
             first = self.n_image if tokens == "text" else np.zeros_like(counts)
             return first[:, None] + np.arange(counts.max()), counts
-        table = self.store.tokens.filter(pl.col("kind") == tokens).select("sample", "slot").sort("sample", "slot").collect()
+        table = (
+            self.store.tokens.filter(pl.col("kind") == tokens).select("sample", "slot").sort("sample", "slot").collect()
+        )
         if table.is_empty():
             kinds = self.store.tokens.select(pl.col("kind").unique()).collect()["kind"].to_list()
             raise Refusal(f"no token is of kind {tokens!r} in {self.store.place}: it has {', '.join(sorted(kinds))}")
@@ -172,7 +174,9 @@ class Feed:
     tokens: str
     told: Told = field(default_factory=Told)
 
-    def batches(self, samples: np.ndarray, batch: int, *, steps: int | None = None, seed: int = 0, start: int = 0) -> Iterator[Read]:
+    def batches(
+        self, samples: np.ndarray, batch: int, *, steps: int | None = None, seed: int = 0, start: int = 0
+    ) -> Iterator[Read]:
         """Batches of ``samples``: once in their order, or ``steps`` shuffled ones from number ``start`` on."""
         batch = min(batch, len(samples))
         epochs = 1 if steps is None else -(-steps // (len(samples) // batch))
@@ -180,8 +184,14 @@ class Feed:
         for name, layers in self.layers.items():
             source = self.sources[name]
             streams[name] = source.store.batches(
-                layers, self.tokens, batch, steps is not None, seed,
-                samples=source.position_s[samples], epochs=epochs, drop_last=steps is not None,
+                layers,
+                self.tokens,
+                batch,
+                steps is not None,
+                seed,
+                samples=source.position_s[samples],
+                epochs=epochs,
+                drop_last=steps is not None,
             )
             streams[name].position = start
         orders = next(iter(streams.values()))
@@ -194,7 +204,9 @@ class Feed:
                 found = {name: next(stream) for name, stream in iterators.items()}
                 self.told.waited += time.perf_counter() - began
                 self.told.nbytes += sum(one.states.nbytes for one in found.values())
-                yield Read(back[next(iter(found.values())).sample.numpy()], {name: one.states for name, one in found.items()})
+                yield Read(
+                    back[next(iter(found.values())).sample.numpy()], {name: one.states for name, one in found.items()}
+                )
                 del found  # or its memory could not be used again
         finally:
             for stream in iterators.values():

@@ -49,15 +49,15 @@ def begin(study: "Study") -> None:
     test, found = study.split.test, []
     for target in study.targets.values():
         for name, answers in constant(target, study.split.train, test):
-            one = frame(floor_of(name, target.name), study.store.samples, test, answers, watched=study.split.watch)
+            own = name if target.name == "box" else f"{name}-{target.name}"
+            one = frame(floor_of(own, target.name), study.store.samples, test, answers, watched=study.split.watch)
             found.append(one.with_columns(target=pl.lit(target.name)))
     write(study.config.out / FLOORS, joined(found))
 
 
 def floor_of(name: str, target: str) -> Job:
     """A floor without training as a probe that was not trained."""
-    own = name if target == "box" else f"{name}-{target}"
-    return Job(Spec(own, "floor", (), "none", "constant", target), 0)
+    return Job(Spec(name, "floor", (), "none", "constant", target), 0)
 
 
 def jobs_of(out: Path) -> list[Job]:
@@ -74,7 +74,15 @@ def jobs_of(out: Path) -> list[Job]:
 
     def place(job: Job) -> tuple:
         spec = job.spec
-        return ORDER.index(spec.role), spec.labels, spec.source, spec.share, [depth(name) for name in spec.layers], spec.name, job.seed
+        return (
+            ORDER.index(spec.role),
+            spec.labels,
+            spec.source,
+            spec.share,
+            [depth(name) for name in spec.layers],
+            spec.name,
+            job.seed,
+        )
 
     return sorted(found, key=place)
 
@@ -82,7 +90,7 @@ def jobs_of(out: Path) -> list[Job]:
 def about(jobs: list[Job], floors: pl.DataFrame) -> pl.DataFrame:
     """A row a probe."""
     pairs = floors.select("probe", "target").unique(maintain_order=True).rows()
-    constants = [floor_of(name.removesuffix(f"-{target}"), target).spec for name, target in pairs]
+    constants = [floor_of(name, target).spec for name, target in pairs]
     specs = dict.fromkeys([*constants, *(job.spec for job in jobs)])
     rows = [{"probe": spec.name, "layer": spec.layer} | asdict(spec) | {"layers": list(spec.layers)} for spec in specs]
     return pl.DataFrame(rows, infer_schema_length=None).drop("name").with_columns(pl.col("keys").cast(pl.Int64))

@@ -77,7 +77,13 @@ class Stack:
     """
 
     def __init__(
-        self, jobs: Sequence[Job], width: int, target: Target, labels: dict[tuple, np.ndarray], config: Recipe, device: str
+        self,
+        jobs: Sequence[Job],
+        width: int,
+        target: Target,
+        labels: dict[tuple, np.ndarray],
+        config: Recipe,
+        device: str,
     ):
         self.jobs, self.target, self.config, self.device = list(jobs), target, config, device
         self.spec = jobs[0].spec
@@ -129,7 +135,9 @@ class Stack:
 
     def restore(self, found: dict[str, Tensor]) -> None:
         """Go on from ``state``."""
-        self.model.load_state_dict({name.removeprefix("weights/"): value for name, value in found.items() if "weights/" in name})
+        self.model.load_state_dict(
+            {name.removeprefix("weights/"): value for name, value in found.items() if "weights/" in name}
+        )
         state: dict[int, dict[str, Tensor]] = {}
         for name, value in found.items():
             if name.startswith("adam/"):

@@ -121,5 +121,7 @@ def finished(out: Path, job: Job) -> bool:
     if trained.read_job(folder)[0] != job:
         kept = asdict(trained.read_job(folder)[0].spec)
         differs = next(name for name, value in asdict(job.spec).items() if kept[name] != value)
-        raise Refusal(f"{folder} has {differs} {kept[differs]}, and {getattr(job.spec, differs)} is asked: give another --out")
+        raise Refusal(
+            f"{folder} has {differs} {kept[differs]}, and {getattr(job.spec, differs)} is asked: give another --out"
+        )
     return True

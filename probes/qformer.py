@@ -170,9 +170,7 @@ class QFormer(Stacked):
         Size of each proxy; ``width`` is a multiple of ``heads``. The others are those of ``Stacked``.
     """
 
-    def __init__(
-        self, seeds, vlm_layers, vlm_width, outputs, *, width: int, heads: int, depth: int, queries: int
-    ):
+    def __init__(self, seeds, vlm_layers, vlm_width, outputs, *, width: int, heads: int, depth: int, queries: int):
         probes = len(seeds)
         super().__init__()
         self.queries = nn.Parameter(torch.empty(probes, queries, width))

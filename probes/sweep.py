@@ -114,7 +114,9 @@ def run(config: Recipe, opened: Any, controls: dict[str, Any], jobs: Sequence[Jo
     if told:
         busy, waited = sum(one.busy for one in told), sum(one.waited for one in told)
         size = sum(one.nbytes for one in told) / GB
-        print(f"read {size:.2f} GB of states, {size / max(busy, 1e-9):.2f} GB/s; training waited {waited:.1f} s for them")
+        print(
+            f"read {size:.2f} GB of states, {size / max(busy, 1e-9):.2f} GB/s; training waited {waited:.1f} s for them"
+        )
     gathering.begin(study)
     gathering.gather(config.out)
     evaluate(EvaluateConfig(config.out))
@@ -297,12 +299,21 @@ class Wave:
                 continue
             true = torch.from_numpy(labels[samples][inside])
             points += [
-                {"probe": job.spec.name, "seed": job.seed, "step": step, "metric": metric, "value": value, "n": int(inside.sum())}
+                {
+                    "probe": job.spec.name,
+                    "seed": job.seed,
+                    "step": step,
+                    "metric": metric,
+                    "value": value,
+                    "n": int(inside.sum()),
+                }
                 for metric, value in errors(target, raw[inside], true)
             ]
         self.curves += points
         told = {(p["probe"], p["seed"]): p["value"] for p in points if p["metric"] == "one_minus_iou"}
-        best = min(told or {(p["probe"], p["seed"]): p["value"] for p in points}, key=lambda key: (told or {}).get(key, 0))
+        best = min(
+            told or {(p["probe"], p["seed"]): p["value"] for p in points}, key=lambda key: (told or {}).get(key, 0)
+        )
         if told:
             self.bar.set_postfix_str(f"best IoU {1 - told[best]:.3f} {best[0]}")
         self.bar.set_description(f"{len(self.jobs)} probes")
@@ -328,7 +339,14 @@ class Wave:
                 trained.save(self.config.out, job, stack.take(p), making, tables)
 
 
-CURVES = {"probe": pl.String, "seed": pl.Int64, "step": pl.Int64, "metric": pl.String, "value": pl.Float64, "n": pl.Int64}
+CURVES = {
+    "probe": pl.String,
+    "seed": pl.Int64,
+    "step": pl.Int64,
+    "metric": pl.String,
+    "value": pl.Float64,
+    "n": pl.Int64,
+}
 
 
 def errors(target: Target, raw: Tensor, true: Tensor) -> Iterator[tuple[str, float]]:

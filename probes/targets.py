@@ -226,7 +226,9 @@ def _natural(value: str) -> tuple[int, float, str]:
     return (0, float(value), "") if number else (1, 0.0, value)
 
 
-def taught(target: Target, labels: str, train: np.ndarray, types: np.ndarray, seed: int) -> tuple[np.ndarray, np.ndarray]:
+def taught(
+    target: Target, labels: str, train: np.ndarray, types: np.ndarray, seed: int
+) -> tuple[np.ndarray, np.ndarray]:
     """The answers that a probe is taught and scored by, like ``target.labels``, and which samples count, bool (s,).
 
     Parameters
