@@ -41,7 +41,7 @@ class Recipe:
     preset: Literal["pocket", "paper"] = "pocket"
     """Sizes and schedule of all fields below that are not given: the paper's, or small ones for two CPU cores."""
     probe: Kind = "qformer"
-    """What reads the states: qformer (the proxy of the paper), linear or mlp (on the mean token), attention (pooling)."""
+    """What reads the states: qformer (the paper's proxy), linear or mlp (of the mean token), attention (pooling)."""
     target: str = "box"
     """What is to be said: box (of the edited object), cell-3x3 (or any grid: where its centre lies), or a column of the
     sample table: words and small counts are classes, other numbers quantities."""
@@ -72,7 +72,8 @@ class Recipe:
     watch_every: int = 50
     """Steps between two points of the error curve."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What products are computed in; weights, sums and Adam are float32 always. auto: bfloat16 on CUDA, else float32."""
+    """What products are computed in; weights, sums and Adam are always float32. auto: bfloat16 on CUDA, else
+    float32."""
     memory: float | None = None
     """GB for weights and optimizer states of probes that are trained together; more probes than that take turns. Not
     given: 8, on CUDA 60 % of what is free."""
@@ -137,7 +138,7 @@ class SweepConfig(Recipe):
     tokens: str = "all"
     """Tokens that the layers' probes read: all, image, text, or a kind of the token table such as instruction."""
     random_weights: str | None = None
-    """Store of the same samples by the same model with random weights (`python -m extract --control random-weights`)."""
+    """Store of the same samples by the model with random weights (`python -m extract --control random-weights`)."""
     shuffled_images: str | None = None
     """Store of the same samples with each other's pictures (`python -m extract --control shuffled-images`)."""
 

@@ -70,7 +70,7 @@ def split(table: pl.DataFrame, usable: np.ndarray, watch: int, order_seed: int) 
     for name, positions in found.items():
         if len(positions) < 2:
             raise Refusal(
-                f"{len(positions)} samples with states and an answer are in split {name!r}: train and test need two each"
+                f"{len(positions)} samples with states and an answer are in split {name!r}: it takes two in train and test"
             )
     test = np.random.default_rng(0).permutation(found["test"])
     watched = min(watch, len(test) // 2)

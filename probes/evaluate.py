@@ -70,6 +70,13 @@ def final_table(results: pl.DataFrame, data: str = HELD_OUT, stratum: str = "all
 
 def evaluate(config: EvaluateConfig) -> None:
     """Print a row per probe with its 95 % intervals, the verdict, and what the run shows in plain words."""
+    if config.on:
+        # Not at the top: to print a table takes no model.
+        from probes import gathering, shifts
+
+        for on in config.on:
+            shifts.ask(config.out, on)
+        gathering.gather(config.out)
     run = read_run(config.out)
     told, words = verdict(run.results, run.comparisons), paragraph(run.results, run.comparisons)
     data = run.results["data"].unique(maintain_order=True).to_list()

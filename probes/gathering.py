@@ -4,7 +4,6 @@ All that is read lies in the run's folder, so the tables can be made again witho
 """
 
 import io
-import json
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path

@@ -21,6 +21,11 @@ from probes.targets import Target
 FINAL_LR = 0.3
 """The cosine ends at this share of the peak learning rate [ABP §4.4]."""
 
+AT_ONCE = 24
+"""Most probes of a stack on a CPU: more leave its caches, fewer leave it waiting for Python."""
+ANSWERED = 128
+"""Samples that are answered at once."""
+
 KINDS: dict[str, type[Stacked]] = {
     "qformer": QFormer,
     "linear": LinearProbe,
@@ -46,6 +51,18 @@ class Job:
         """Jobs of one shape can be stacked, and of one shape and the same layers read the same."""
         spec = self.spec
         return (spec.kind, spec.source, spec.tokens, spec.target, spec.share, spec.keys, len(spec.layers))
+
+
+def layers_of(jobs: Sequence[Job], source: str, order: Sequence[str]) -> list[str]:
+    """The layers of a source that jobs read, in the order of the pass."""
+    read = {name for job in jobs if job.spec.source == source for name in job.spec.layers}
+    return [name for name in order if name in read]
+
+
+def tokens_of(jobs: Sequence[Job]) -> str:
+    """The tokens that are read for jobs: image or text where they need no others."""
+    kinds = {{"image": "image", "all": "all"}.get(job.spec.tokens, "text") for job in jobs}
+    return kinds.pop() if len(kinds) == 1 else "all"
 
 
 def learning_rate(step: int, config: Recipe) -> float:

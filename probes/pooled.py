@@ -4,6 +4,7 @@ What these can read lies open in the states; what only a Q-Former finds takes co
 Shape suffixes: see ``probes.stacked``.
 """
 
+import itertools
 import math
 
 import torch
@@ -40,7 +41,7 @@ class MLPProbe(Stacked):
     def __init__(self, seeds, vlm_layers, vlm_width, outputs, *, width: int):
         super().__init__()
         sizes = (vlm_layers * vlm_width, width, width, outputs)
-        self.layers = nn.ModuleList(Linear(len(seeds), *pair) for pair in zip(sizes, sizes[1:], strict=False))
+        self.layers = nn.ModuleList(Linear(len(seeds), *pair) for pair in itertools.pairwise(sizes))
         self.start(seeds, {})
 
     def forward(self, view: View) -> Tensor:
@@ -52,7 +53,7 @@ class MLPProbe(Stacked):
 
 
 class AttentionProbe(Stacked):
-    """Each of ``heads`` learned queries pools all (layer, token) states by one softmax; a linear map of what they got."""
+    """Each of ``heads`` learned queries pools all (layer, token) states by one softmax; then a linear map."""
 
     def __init__(self, seeds, vlm_layers, vlm_width, outputs, *, heads: int):
         super().__init__()

@@ -4,8 +4,8 @@ The states need no gradient, so keys and values are never made: a query's score 
 ``(q·Wk)·x``, and what a head reads is ``(Σ a·x)·Wv``. That is the same function with ``heads x queries`` rows a
 sample where keys would take ``width`` columns a token, and it leaves nothing large to keep for the way back.
 
-Shape suffixes: see ``probes.stacked``; ``q`` query, ``d`` proxy width, ``h`` head, ``e`` width of a head, ``n`` = q·b: all
-samples' first queries come first, so that a sample's rows are equally far apart.
+Shape suffixes: see ``probes.stacked``; ``q`` query, ``d`` proxy width, ``h`` head, ``e`` width of a head, ``n`` = q·b:
+all samples' first queries come first, so that a sample's rows are equally far apart.
 """
 
 import math
@@ -30,7 +30,7 @@ class LayerNorms(nn.Module):
 
 
 class _Attend(torch.autograd.Function):
-    """Scores, one softmax over all keys, and what is read: no copy of a large tensor but one, and no gradient to states.
+    """Scores, one softmax over all keys, and what is read; states get no gradient, and few large tensors are made.
 
     ``asked_glrbw`` has a sample's rows ``r`` = (s, h, q) one sample apart, which products take as they are.
     """

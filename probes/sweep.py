@@ -24,7 +24,7 @@ from probes.boxes import iou, loss
 from probes.config import EvaluateConfig, Recipe, SweepConfig, TrainConfig
 from probes.data import Feed, Read, Source, Split, Views
 from probes.evaluate import evaluate
-from probes.learn import Job, Stack
+from probes.learn import ANSWERED, AT_ONCE, Job, Stack, layers_of, tokens_of
 from probes.predictions import frame
 from probes.specs import ORDINARY, Spec, specs
 from probes.targets import Target
@@ -33,10 +33,6 @@ from store.errors import Refusal
 GB = 1e9
 BYTES_A_WEIGHT = 16
 """A weight, its gradient, and Adam's two means."""
-AT_ONCE = 24
-"""Most probes of a stack on a CPU: more leave its caches, fewer leave it waiting for Python."""
-ANSWERED = 128
-"""Samples that are answered at once."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -166,18 +162,6 @@ def make_study(config: Recipe, opened: Any, controls: dict[str, Any], jobs: Sequ
             usable = usable & (source.slots(tokens)[1][source.position_s] > 0)
     found = data.split(table, usable, config.watch, config.order_seed)
     return Study(config, sources, found, asked, data.input_types(table), config.device)
-
-
-def layers_of(jobs: Sequence[Job], source: str, order: Sequence[str]) -> list[str]:
-    """The layers of a source that jobs read, in the order of the pass."""
-    read = {name for job in jobs if job.spec.source == source for name in job.spec.layers}
-    return [name for name in order if name in read]
-
-
-def tokens_of(jobs: Sequence[Job]) -> str:
-    """The tokens that are read for jobs: image or text where they need no others."""
-    kinds = {{"image": "image", "all": "all"}.get(job.spec.tokens, "text") for job in jobs}
-    return kinds.pop() if len(kinds) == 1 else "all"
 
 
 def weights_of(study: Study, job: Job) -> int:
