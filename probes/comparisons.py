@@ -3,6 +3,9 @@
 The layer is chosen on the watched held-out images and compared on the others, so that choosing the best of many does
 not count in its favour; on other data, where no image chose anything, it is compared on all.
 
+A sign-flip test over images knows nothing of seeds: two layers whose probes differ by the luck of their seeds alone
+get a tiny p. So with several seeds, p is the larger of that test's and of ``statistics.seeds_p``.
+
 Shape suffixes: ``s`` seed, ``n`` image, ``k`` comparison.
 """
 
@@ -33,7 +36,7 @@ COMPARISONS = {
     "difference": pl.Float64,
     "low": pl.Float64,  # 95 % interval over seeds and images
     "high": pl.Float64,
-    "p": pl.Float64,  # two-sided sign-flip test over images
+    "p": pl.Float64,  # two-sided, see the top
     "p_holm": pl.Float64,  # over the family of a claim
     "q_bh": pl.Float64,  # over the layers of a map
     "n": pl.Int64,
@@ -233,10 +236,16 @@ def answers(each: Panel, asked: Sequence[Question], watched: int) -> list[dict[s
     for seeds in {len(own_sn) for own_sn in values}:
         which = [k for k, own_sn in enumerate(values) if len(own_sn) == seeds]
         values_ksn = np.stack([values[k] for k in which])
-        low_k, high_k = statistics.ends(statistics.hierarchical_draws(values_ksn, clusters_n))
+        k, s, n = values_ksn.shape
+        drawn_rks = statistics.mean_draws(values_ksn.reshape(k * s, n), clusters_n).reshape(-1, k, s)
+        low_k, high_k = statistics.ends(statistics.over_seeds(drawn_rks))
         p_k = statistics.sign_flip(values_ksn.mean(1), clusters_n)
-        for k, mean, low, high, p in zip(which, statistics.means(values_ksn), low_k, high_k, p_k, strict=True):
-            rows[k] |= {"difference": float(mean), "low": float(low), "high": float(high), "p": float(p)}
+        if seeds > 1:
+            p_k = np.maximum(p_k, statistics.seeds_p(drawn_rks))
+        for row, mean, low, high, p in zip(
+            (rows[k] for k in which), statistics.means(values_ksn), low_k, high_k, p_k, strict=True
+        ):
+            row |= {"difference": float(mean), "low": float(low), "high": float(high), "p": float(p)}
     correct(rows)
     return rows
 

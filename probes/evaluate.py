@@ -98,18 +98,24 @@ def evaluate(config: EvaluateConfig) -> None:
 def table(results: pl.DataFrame, comparisons: pl.DataFrame, data: str = HELD_OUT) -> list[str]:
     """The lines of the table of one data set: floors, layers in the order of the pass with their controls, the rest."""
     whole = final_table(results, data)
+    if whole.is_empty():
+        return [f"no probe has an answer on {data} images"]
     lines: list[str] = []
     for target in whole["target"].unique(maintain_order=True):
         rows = whole.filter(pl.col("target") == target).to_dicts()
         main = next((name for name in MAIN.values() if any(row.get(name) is not None for row in rows)), None)
         if main:
             asked = comparisons.filter(pl.col("data") == data, pl.col("target") == target)
-            lines += [
-                f"{target} on {data} images; 95 % intervals over seeds and images",
-                *target_lines(rows, main, asked),
-            ]
+            lines += [caption(target, data, asked), *target_lines(rows, main, asked)]
         lines += code_lines(rows)
     return lines
+
+
+def caption(target: str, data: str, comparisons: pl.DataFrame) -> str:
+    """What the intervals are of, and on how many images selectivity is."""
+    n = comparisons.filter(pl.col("question") == SELECTIVITY)["n"]
+    unseen = f"; selectivity on the {n.max():,} images that chose nothing" if len(n) and data == HELD_OUT else ""
+    return f"{target} on {data} images; 95 % intervals over seeds and images{unseen}"
 
 
 def target_lines(rows: list[dict[str, Any]], main: str, comparisons: pl.DataFrame) -> list[str]:

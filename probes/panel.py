@@ -25,6 +25,7 @@ MAIN = {"box": "iou", "class": "accuracy", "number": "r2"}
 SHARES = {"iou_at_0.5", "pointing", "accuracy"}
 """Metrics that are 0 or 1 for an image."""
 TRUE_BOX = ("true_x1", "true_y1", "true_x2", "true_y2")
+DOWN, ACROSS = ("top", "middle", "bottom"), ("left", "centre", "right")
 SMALLEST = 20
 """Images below which a stratum is left out."""
 
@@ -170,19 +171,20 @@ def strata(
     facts = pl.DataFrame({"sample": found.samples_n}).join(
         box_facts(found, samples), on="sample", how="left", maintain_order="left"
     )
-    labels: dict[str, pl.Series] = {}
+    labels: dict[str, tuple[pl.Series, list[str]]] = {}
     if area_cuts is not None and "area" in facts.columns:
         low, high = area_cuts
         names = (f"small (< {low:.2%})", f"medium ({low:.2%} to {high:.2%})", f"large (≥ {high:.2%})")
         size = pl.when(pl.col("area") < low).then(pl.lit(names[0])).when(pl.col("area") < high).then(pl.lit(names[1]))
         size = size.when(pl.col("area").is_not_null()).then(pl.lit(names[2]))
-        labels["area"] = facts.select(size.alias("area"))["area"]
-        labels["position"] = facts["position"]
+        labels["area"] = facts.select(size.alias("area"))["area"], list(names)
+        labels["position"] = facts["position"], [f"{down} {across}" for down in DOWN for across in ACROSS]
     for column, name in (("n_objects", "objects"), ("object_kind", "kind"), ("task", "task")):
         if samples is not None and column in samples.columns:
-            labels[name] = samples[column].cast(pl.String)[found.samples_n]
-    for name, series in labels.items():
-        for label in natural_order(series.drop_nulls().unique()):
+            series = samples[column].cast(pl.String)[found.samples_n]
+            labels[name] = series, natural_order(series.drop_nulls().unique())
+    for name, (series, order) in labels.items():
+        for label in order:
             inside_n = (series == label).fill_null(False).to_numpy()
             if len(np.unique(found.clusters_n[inside_n])) >= SMALLEST:
                 yield f"{name}: {label}", inside_n
@@ -203,8 +205,8 @@ def box_facts(found: Panel, samples: pl.DataFrame | None) -> pl.DataFrame:
     else:
         return pl.DataFrame(schema={"sample": pl.Int64})
     area = (pl.col("x2") - pl.col("x1")) * (pl.col("y2") - pl.col("y1"))
-    down = third((pl.col("y1") + pl.col("y2")) / 2, ("top", "middle", "bottom"))
-    across = third((pl.col("x1") + pl.col("x2")) / 2, ("left", "centre", "right"))
+    down = third((pl.col("y1") + pl.col("y2")) / 2, DOWN)
+    across = third((pl.col("x1") + pl.col("x2")) / 2, ACROSS)
     return table.select("sample", area.alias("area"), (down + " " + across).alias("position"))
 
 

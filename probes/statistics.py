@@ -15,6 +15,11 @@ FLIPS = 9999
 LEVEL = 0.95
 Z = 1.959964
 """Normal quantile of LEVEL, both sides."""
+STUDENT = (
+    [0, 1 / 60, 1 / 30, 1 / 15, 1 / 10, 1 / 8, 1 / 6, 1 / 5, 1 / 4, 1 / 3, 1 / 2, 1 / 1.5, 1 / 1.2, 1],
+    [Z, 2.0003, 2.0423, 2.1314, 2.2281, 2.3060, 2.4469, 2.5706, 2.7764, 3.1824, 4.3027, 6.0, 8.9, 12.7062],
+)
+"""One over the degrees of freedom, and the quantile of Student's t."""
 HELD = 1 << 22
 """Numbers of a random matrix that are held at once."""
 
@@ -97,9 +102,56 @@ def hierarchical_draws(
 
 
 def over_seeds(drawn_rks: np.ndarray, seed: int = 0) -> np.ndarray:
-    """Bootstrap means (r, k) over seeds too, from those (r, k, s) that ``mean_draws`` gives of each seed."""
+    """Bootstrap means (r, k) over seeds too, from those (r, k, s) that ``mean_draws`` gives of each seed.
+
+    Few seeds tell their own variance badly, so the draws are stretched about their mean as Student's t is wider than
+    the normal, at ``freedom``. Without that, 95 % intervals over seeds that differ cover 83 % with three of them and
+    90 % with five.
+    """
+    drawn_rk = crossed(drawn_rks, seed)
+    if drawn_rks.shape[2] == 1:
+        return drawn_rk
+    centre_k = np.nanmean(drawn_rk, axis=0)
+    stretch_k = student(freedom(drawn_rks, drawn_rk)) / Z
+    return (centre_k + stretch_k * (drawn_rk - centre_k)).astype(np.float32)
+
+
+def crossed(drawn_rks: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Means (r, k) of the seeds that each draw took."""
     draws, _, seeds = drawn_rks.shape
     return np.einsum("rks,rs->rk", drawn_rks, seed_weights(seeds, draws, seed))
+
+
+def freedom(drawn_rks: np.ndarray, drawn_rk: np.ndarray) -> np.ndarray:
+    """Degrees of freedom (k,) of Welch and Satterthwaite: s − 1 if all variance is between seeds, else more."""
+    seeds = drawn_rks.shape[2]
+    whole_k = np.maximum(np.nanvar(drawn_rk, axis=0), 1e-30)
+    share_k = np.clip(np.nanmean(drawn_rks, axis=0).var(1, ddof=1) / seeds / whole_k, 1e-6, 1)
+    return (seeds - 1) / share_k**2
+
+
+def seeds_p(drawn_rks: np.ndarray, seed: int = 0) -> np.ndarray:
+    """Two-sided p (k,) that the mean over seeds and images is 0: Student's t at ``freedom``, by the draws' deviation.
+
+    Unlike ``sign_flip`` it asks whether other seeds would say the same; it takes two or more. Small p are too small
+    where seeds are few and matter: with no difference, p < 0.005 came out in 2.7 % of cases with three seeds, in 1.8 %
+    with five (and p < 0.05 in 5 to 7 %).
+    """
+    drawn_rk = crossed(drawn_rks, seed)
+    t_k = np.abs(np.nanmean(drawn_rks, axis=(0, 2))) / np.maximum(np.nanstd(drawn_rk, axis=0), 1e-15)
+    freedom_k = np.minimum(freedom(drawn_rks, drawn_rk), 300)  # beyond it, t is normal
+    # With t = √f · tan θ the density of t is that of cos(θ) to the power f − 1.
+    beyond = np.linspace(0, 1, 2001)
+    from_k = np.arctan(t_k / np.sqrt(freedom_k))
+    theta_kx = from_k[:, None] + (np.pi / 2 - from_k[:, None]) * beyond
+    tail_k = np.trapezoid(np.cos(theta_kx).clip(0) ** (freedom_k[:, None] - 1), theta_kx, axis=1)
+    whole_kx = np.cos(beyond * np.pi / 2).clip(0) ** (freedom_k[:, None] - 1)
+    return np.clip(tail_k / np.trapezoid(whole_kx, beyond * np.pi / 2, axis=1), 0, 1)
+
+
+def student(freedom_k: np.ndarray) -> np.ndarray:
+    """The quantile of Student's t that belongs to LEVEL, both sides, by degrees of freedom (≥ 1), within 5 %."""
+    return np.interp(1 / np.asarray(freedom_k), *STUDENT)
 
 
 def ends(drawn_rk: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -138,7 +190,7 @@ def sign_flip(
 
     The null is that the difference of an image is as likely one way as the other. Signs are flipped by image
     (cluster); p = (draws as far + 1) / (flips + 1), never 0. It speaks of images: differences are averaged over seeds
-    before, so that it holds for the probes as they were trained.
+    before, so that it holds for the probes as they were trained; ``seeds_p`` speaks of other seeds too.
     """
     sums_kc, _ = clustered(differences_kn, clusters_n)
     seen_k = np.abs(sums_kc.sum(1, dtype=np.float64))

@@ -149,6 +149,8 @@ def told(common: Mapping[str, Any], value: float, ends_2: np.ndarray) -> dict[st
 
 def curve_rows(curves: pl.DataFrame) -> pl.DataFrame:
     """The curves of each seed, and their mean with its 95 % interval over seeds (normal; none with one seed)."""
+    if curves.is_empty():
+        return pl.DataFrame(schema={"probe": pl.String} | VALUES)
     reach = statistics.Z * pl.col("value").std() / pl.len().sqrt()
     over = (
         curves.sort("probe", "metric", "step", "seed", maintain_order=True)

@@ -50,7 +50,7 @@ def stock(layers=LAYERS, controls=True, extras=True, target="box"):
     """The rows of ``about`` of a stock sweep."""
     rows = [about_row(f"layer-{name}", "layer", (name,)) for name in layers]
     blocks = [name for name in layers if name.isdigit()]
-    middle = blocks[len(blocks) // 3 : len(blocks) - len(blocks) // 3]
+    middle = blocks[len(blocks) // 3 : len(blocks) - len(blocks) // 3] or layers
     rows += [
         about_row("mid-prompt", "prompt", middle, "text"),
         about_row("floor-text-only", "floor", ("embed",), "text"),
@@ -149,4 +149,5 @@ def curves_of(rng, rows, skill, default, seeds, steps, watched):
         for step in steps
         for metric in (("error", "one_minus_iou") if row["target"] == "box" else ("error",))
     ]
-    return pl.DataFrame(points)
+    schema = {"probe": pl.String, "seed": pl.Int64, "step": pl.Int64, "metric": pl.String, "n": pl.Int64}
+    return pl.DataFrame(points, schema=schema | {"value": pl.Float64})

@@ -81,7 +81,7 @@ def test_a_paired_difference_is_narrower_than_the_values_it_is_made_of():
     assert high - low < (high_a - low_a) / 3
 
 
-@pytest.mark.parametrize(("seed_sd", "seeds"), [(0.0, 1), (0.0, 5), (0.08, 5), (0.05, 10)])
+@pytest.mark.parametrize(("seed_sd", "seeds"), [(0.0, 1), (0.0, 5), (0.08, 5), (0.05, 10), (0.3, 3), (0.3, 5)])
 def test_an_interval_covers_the_truth_about_as_often_as_it_says(seed_sd, seeds):
     rng = np.random.default_rng(7)
     trials, n = 400, 60
@@ -90,6 +90,25 @@ def test_an_interval_covers_the_truth_about_as_often_as_it_says(seed_sd, seeds):
     low, high = statistics.ends(statistics.hierarchical_draws(values, draws=1000))
     covered = ((low <= 0.3) & (high >= 0.3)).mean()
     assert 0.90 <= covered <= 0.99
+
+
+def test_students_quantiles_are_those_of_the_tables():
+    for freedom, quantile in (
+        (1, 12.706),
+        (1.5, 6.017),
+        (2, 4.303),
+        (3.5, 2.940),
+        (7, 2.365),
+        (20, 2.086),
+        (1e9, 1.960),
+    ):
+        assert statistics.student(np.array([freedom]))[0] == pytest.approx(quantile, rel=0.01)
+
+
+def test_seeds_that_agree_leave_the_interval_to_the_images():
+    values = np.random.default_rng(8).normal(size=300)
+    one, five = (statistics.interval(np.tile(values, (seeds, 1))) for seeds in (1, 5))
+    assert five == pytest.approx(one, abs=1e-3)
 
 
 def test_seeds_that_differ_widen_the_interval():
@@ -113,6 +132,36 @@ def test_p_is_uniform_where_there_is_no_difference_and_small_where_there_is():
     assert np.abs(p - (np.arange(500) + 0.5) / 500).max() < 1.63 / np.sqrt(500)  # Kolmogorov–Smirnov at 1 %
     assert statistics.sign_flip(rng.normal(0.5, 1, (1, 200)))[0] == 1 / (statistics.FLIPS + 1)
     assert statistics.sign_flip(np.zeros((1, 9)))[0] == 1
+
+
+def test_seeds_p_is_that_of_students_t_where_seeds_alone_differ():
+    # Rows of the t table: degrees of freedom, t, two-sided p.
+    for seeds, t, p in ((2, 12.706, 0.05), (3, 9.925, 0.01), (5, 2.132, 0.1), (5, 8.610, 0.001), (11, 2.228, 0.05)):
+        means = np.random.default_rng(0).normal(size=seeds)
+        means = (means - means.mean()) / means.std(ddof=1) * np.sqrt(seeds) + t
+        drawn = np.tile(means.astype(np.float32), (20_000, 1, 1))
+        assert statistics.seeds_p(drawn)[0] == pytest.approx(p, rel=0.15)
+
+
+def test_seeds_p_and_the_interval_agree():
+    rng = np.random.default_rng(9)
+    values = rng.normal(0, 0.2, (200, 4, 1)) + rng.normal(0.2, 0.5, (200, 4, 60))
+    drawn = statistics.mean_draws(values.reshape(800, 60)).reshape(-1, 200, 4)
+    low, high = statistics.ends(statistics.over_seeds(drawn))
+    outside = (low > 0) | (high < 0)
+    assert 0.2 < outside.mean() < 0.9
+    assert ((statistics.seeds_p(drawn) < 0.05) == outside).mean() > 0.9
+
+
+@pytest.mark.parametrize("seeds", [3, 5])
+def test_seeds_luck_alone_is_seldom_called_a_difference(seeds):
+    rng = np.random.default_rng(12)
+    differences = rng.normal(0, 0.1, (600, seeds, 1)) + rng.normal(0, 0.3, (600, 1, 200))
+    assert (statistics.sign_flip(differences.mean(1), flips=999) < 0.05).mean() > 0.2  # it tests images alone
+    drawn = statistics.mean_draws(differences.reshape(-1, 200), draws=1000).reshape(-1, 600, seeds)
+    p = statistics.seeds_p(drawn)
+    assert (p < 0.05).mean() < 0.08
+    assert (p < 0.005).mean() < 0.04
 
 
 @given(p_values)
