@@ -184,8 +184,8 @@ def stacks_of(jobs: Sequence[Job], most: int) -> list[list[Job]]:
                 part = group[start : start + most]
                 by_size.setdefault(len(part), []).append(part)
         for size, parts in by_size.items():
-            count = -(-len(parts) * size // most)
-            for some in np.array_split(np.arange(len(parts)), min(count, len(parts))):
+            count = -(-len(parts) // (most // size))
+            for some in np.array_split(np.arange(len(parts)), count):
                 # A group that was cut in two must not be joined again: its parts read the same layers.
                 made += _apart([parts[i] for i in some])
     return made

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from probes.stacked import Linear, Stacked, View
+from probes.stacked import Linear, Stacked, View, full
 
 
 def mean_token(view: View, each: int) -> Tensor:
@@ -19,7 +19,7 @@ def mean_token(view: View, each: int) -> Tensor:
     states_glbtw, open_glbt = view.states_glbtw, view.open_glbt
     share_glbt = open_glbt / open_glbt.sum(-1, keepdim=True).clamp(min=1)
     mean_gblw = torch.einsum("glbt,glbtw->gblw", share_glbt.to(states_glbtw.dtype), states_glbtw)
-    return mean_gblw.flatten(2).repeat_interleave(each, 0).float()
+    return mean_gblw.flatten(2).repeat_interleave(each, 0)
 
 
 class LinearProbe(Stacked):
@@ -32,7 +32,7 @@ class LinearProbe(Stacked):
 
     def forward(self, view: View) -> Tensor:
         """Raw outputs (p, b, o)."""
-        return self.out(mean_token(view, len(self.out.weight) // len(view.states_glbtw))).float()
+        return full(self.out(mean_token(view, len(self.out.weight) // len(view.states_glbtw))))
 
 
 class MLPProbe(Stacked):
@@ -49,7 +49,7 @@ class MLPProbe(Stacked):
         x_pbd = mean_token(view, len(self.layers[0].weight) // len(view.states_glbtw))
         for linear in self.layers[:-1]:
             x_pbd = functional.gelu(linear(x_pbd))
-        return self.layers[-1](x_pbd).float()
+        return full(self.layers[-1](x_pbd))
 
 
 class AttentionProbe(Stacked):
@@ -67,11 +67,11 @@ class AttentionProbe(Stacked):
         g, _, b, _, w = states_glbtw.shape
         p, heads, _ = self.query.shape
         query_gsw = self.query.view(g, p // g * heads, w).to(states_glbtw.dtype)
-        scores_glbts = torch.einsum("glbtw,gsw->glbts", states_glbtw, query_gsw).float()
+        scores_glbts = full(torch.einsum("glbtw,gsw->glbts", states_glbtw, query_gsw))
         if view.closed_glbt is not None:
             scores_glbts = scores_glbts + view.closed_glbt[..., None]
         scores_gbsk = scores_glbts.permute(0, 2, 4, 1, 3).flatten(3)
         weights_gbslt = scores_gbsk.softmax(-1).unflatten(3, states_glbtw.shape[1:4:2])
         read = torch.einsum("gbslt,glbtw->gsbw", weights_gbslt.to(states_glbtw.dtype), states_glbtw)
         read = read.unflatten(1, (p // g, heads)).transpose(2, 3).reshape(p, b, heads * w)
-        return self.out(read.float()).float()
+        return full(self.out(read))

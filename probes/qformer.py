@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from probes.stacked import Linear, Norm, Stacked, View
+from probes.stacked import Linear, Norm, Stacked, View, full
 
 QUERY_STD = 0.02
 """Spread of the initial queries [ABP §4.4]; zeros would never separate them."""
@@ -39,8 +39,8 @@ class _Attend(torch.autograd.Function):
     def forward(ctx, asked_glrbw: Tensor, states_glbtw: Tensor, closed_glbt: Tensor | None, offset_gbrl: Tensor | None):
         g, l, r, b, _ = asked_glrbw.shape  # noqa: E741
         t = states_glbtw.shape[3]
-        weights = torch.empty(g, b, r, l, t)
-        weights = weights.to(asked_glrbw.device) if asked_glrbw.is_cuda else weights
+        dtype = torch.promote_types(states_glbtw.dtype, torch.float32)
+        weights = torch.empty(g, b, r, l, t, dtype=dtype, device=states_glbtw.device)
         for i in range(g):
             for j in range(l):
                 scores = torch.bmm(asked_glrbw[i, j].transpose(0, 1), states_glbtw[i, j].transpose(1, 2))
@@ -57,15 +57,15 @@ class _Attend(torch.autograd.Function):
         ).view(g, l, b, r, -1)
         ctx.mark_non_differentiable(weights)
         ctx.set_materialize_grads(False)
-        return read, weights.sum(-1, dtype=torch.float32), weights
+        return read, weights.sum(-1, dtype=dtype), weights
 
     @staticmethod
     def backward(ctx, read_glbrw: Tensor, mass_gbrl: Tensor, _):
         weights, states_glbtw = ctx.saved_tensors
         g, b, r, l, t = weights.shape  # noqa: E741
         asked = torch.empty(g, l, r, b, states_glbtw.shape[-1], dtype=states_glbtw.dtype, device=weights.device)
-        gradient = torch.empty_like(weights)
-        for i in range(g):
+        gradient = torch.zeros_like(weights) if read_glbrw is None else torch.empty_like(weights)
+        for i in range(g if read_glbrw is not None else 0):
             for j in range(l):
                 gradient[i, :, :, j] = torch.bmm(read_glbrw[i, j], states_glbtw[i, j].transpose(1, 2))
         if mass_gbrl is not None:
@@ -76,7 +76,7 @@ class _Attend(torch.autograd.Function):
         for i in range(g):
             for j in range(l):
                 asked[i, j] = torch.bmm(gradient[i, :, :, j], states_glbtw[i, j]).transpose(0, 1)
-        offset = gradient.sum(-1, dtype=torch.float32) if ctx.needs_input_grad[3] else None
+        offset = full(gradient.sum(-1)) if ctx.needs_input_grad[3] else None
         return asked, None, None, offset
 
 
@@ -109,7 +109,7 @@ class Reading(nn.Module):
         if l > 1:  # what the norms' biases add differs between layers, and so counts
             asked = asked * self._gain(norms, g, s, q)[:, :, :, None].to(asked.dtype)
             shift = (norms.bias @ self.key).view(p, l, h, e).permute(0, 2, 3, 1) * (1 / math.sqrt(e))
-            offset = torch.bmm(query_rne, shift.reshape(p * h, e, l)).view(g, s * h * q, b, l).transpose(1, 2).float()
+            offset = full(torch.bmm(query_rne, shift.reshape(p * h, e, l))).view(g, s * h * q, b, l).transpose(1, 2)
         states = view.states_glbtw
         read, mass_gbrl, weights = _Attend.apply(asked.to(states.dtype), states, view.closed_glbt, offset)
         shift = norms.bias @ self.value
@@ -194,9 +194,9 @@ class QFormer(Stacked):
                 x_pnd = x_pnd[:, :, None].expand(-1, -1, b, -1).reshape(p, q * b, d)
             x_pnd, weights = block.read(x_pnd, view, self.norms)
             if attention:
-                maps.append(weights.view(g, b, p // g, block.heads, q, l, t).transpose(1, 2).flatten(0, 1).float())
+                maps.append(weights.view(g, b, p // g, block.heads, q, l, t).transpose(1, 2).flatten(0, 1))
         y_pbd = self.norm(x_pnd).view(p, q, b, d).mean(1)
         for linear in self.head[:-1]:
             y_pbd = functional.gelu(linear(y_pbd))
-        raw_pbo = self.head[-1](y_pbd).float()
+        raw_pbo = full(self.head[-1](y_pbd))
         return (raw_pbo, torch.cat(maps, dim=2)) if attention else raw_pbo

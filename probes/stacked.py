@@ -34,6 +34,11 @@ class View:
         return (self.closed_glbt == 0).float()
 
 
+def full(x: Tensor) -> Tensor:
+    """At least float32: what sums, softmax and outputs are in, whatever products were computed in."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
 class Linear(nn.Module):
     """P linear maps side by side: (p, n, inputs) → (p, n, outputs)."""
 
