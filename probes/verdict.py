@@ -1,5 +1,6 @@
 """What a run says, in sentences made of its numbers: is it the middle, is it the prompt, is it the layer's own?"""
 
+import re
 from typing import Any
 
 import polars as pl
@@ -33,7 +34,8 @@ def called(results: pl.DataFrame) -> dict[str, str]:
     for row in results.unique("probe", maintain_order=True).iter_rows(named=True):
         name = named(row["layer"]) if row["role"] == "layer" else row["probe"]
         if row["role"] == "prompt":
-            name = f"the prompt tokens of blocks {row['layer']}"
+            where = f"blocks {row['layer']}" if re.search("[–,]", row["layer"]) else named(row["layer"])
+            name = f"the prompt tokens of {where}"
         for column, value, words in (
             ("labels", "permuted", "permuted labels"),
             ("labels", "control", "the control task"),
@@ -95,8 +97,8 @@ def verdict(results: pl.DataFrame, comparisons: pl.DataFrame) -> dict[str, dict[
     """The three answers of a run on held-out images: ``layer``, ``prompt`` and ``controls``.
 
     Each has ``answer`` (bool, None where the run does not say) and ``sentence``; ``layer`` also ``chosen``,
-    ``chosen_layer``, ``n`` and ``differences``. A claim is true only if every comparison that it needs has a 95 %
-    interval above 0 and a corrected p below 0.05.
+    ``chosen_layer``, ``n``, ``seeds`` and ``differences``; ``prompt`` also ``worse``. A claim is true only if every
+    comparison that it needs has a 95 % interval above 0 and a corrected p below 0.05.
     """
     held, names = held_comparisons(comparisons), called(results)
     told = {"layer": layer_verdict(held, names), "prompt": prompt_verdict(held, names)}
@@ -121,6 +123,8 @@ def layer_verdict(held: pl.DataFrame, names: dict[str, str]) -> dict[str, Any]:
     )
     if lost:
         sentence += f" It does not clearly beat {listed([names[row['b']] for row in lost])}."
+    if len(last) < 2:
+        sentence += " The last layer was trained on one side of the final norm only."
     if not floors:
         sentence += " No floor was trained."
     return {
@@ -138,19 +142,17 @@ def prompt_verdict(held: pl.DataFrame, names: dict[str, str]) -> dict[str, Any]:
     """Do prompt tokens of the middle layers together beat the best single layer, and what does the 2×2 say?"""
     rows = asked(held, BEST)
     if not rows:
-        told, answer = (
-            "No verdict: it takes a probe on the prompt tokens of the middle layers, and single layers.",
-            None,
-        )
+        told = "No verdict: it takes a probe on the prompt tokens of the middle layers, and single layers."
+        answer, less = None, False
     else:
         row = rows[0]
-        answer = better(row)
-        head = "Yes" if answer else "No, they are worse" if worse(row) else "Not clearly"
+        answer, less = better(row), worse(row)
+        head = "Yes" if answer else "No, they are worse" if less else "Not clearly"
         told = (
             f"{head}: {names[row['a']]} have {MAIN_NAMES[row['metric']]} {row['value_a']:.3f}, the best single layer, "
             f"{names[row['b']]}, {row['value_b']:.3f} ({gap(row)})."
         )
-    return {"answer": answer, "sentence": f"{told} {matched_sentence(held)}".strip()}
+    return {"answer": answer, "worse": less, "sentence": f"{told} {matched_sentence(held)}".strip()}
 
 
 def matched_sentence(held: pl.DataFrame) -> str:
@@ -244,7 +246,11 @@ def prompt_words(told: dict[str, Any]) -> str:
         return ""
     if told["answer"]:
         return "The prompt tokens of the middle layers together beat the best single layer, as the paper found."
-    return "The paper's finding, that prompt tokens of the middle layers together are best, is not seen here."
+    how = "worse than" if told["worse"] else "not clearly better than"
+    return (
+        "The paper's finding, that prompt tokens of the middle layers together are best, is not seen here: they are "
+        f"{how} the best single layer."
+    )
 
 
 def controls_words(told: dict[str, Any]) -> str:
@@ -285,6 +291,7 @@ def code_words(results: pl.DataFrame) -> str:
 def shift_words(comparisons: pl.DataFrame) -> str:
     """Whether the lead on the last block holds on other data."""
     rows = comparisons.filter(pl.col("question") == LAST, pl.col("data") != HELD_OUT).to_dicts()
-    rows = [row for row in rows if row["target"] == rows[0]["target"] and row["kind"] == rows[0]["kind"]]
+    same = ("target", "kind", "tokens")
+    rows = [row for row in rows if all(row[name] == rows[0][name] for name in same)]
     told = [f"{row['data']} {gap(row, with_p=False)}{'' if better(row) else ' (not clear)'}" for row in rows]
     return f"On other data that lead is: {', '.join(told)}." if told else ""

@@ -262,12 +262,19 @@ def test_the_verdict_says_yes_where_it_is_yes(gathered):
         ({}, "That the middle knows more than the end, this run does not show"),
         ({"layer-5": 0.8, "layer-final": 0.8}, "The middle does not know more than the end"),
         ({"layer-3": 0.7, "random-3": 0.7}, "beats the last layer but not every floor"),
-        ({"layer-3": 0.7, "mid-prompt": 0.4}, "is not seen here"),
+        ({"layer-3": 0.7, "mid-prompt": 0.4}, "is not seen here: they are worse than"),
+        ({"layer-3": 0.7, "mid-prompt": 0.7}, "is not seen here: they are not clearly better than"),
         ({"layer-3": 0.7, "control-3": 0.7}, "may be learning the answer rather than reading it"),
     ],
 )
 def test_the_paragraph_says_no_where_it_is_no(skill, said):
     assert said in paragraph(*made_run(skill=skill, n=90).gather())
+
+
+def test_the_verdict_says_which_last_layer_it_had():
+    told = verdict(*made_run(stock(("3", "4", "5"), extras=False), KNOWING, n=90).gather())
+    assert told["layer"]["answer"] is True
+    assert "on one side of the final norm only" in told["layer"]["sentence"]
 
 
 def test_no_difference_is_called_one_in_a_run_without_any():
