@@ -13,7 +13,7 @@ PROBES ?= runs/probes
 FIGURES ?= figures
 STORE_READ := $(or $(STORE),data/store.zarr)
 
-.PHONY: help setup test test-slow extract review verify repair inspect du probe figures bench lint pocket clean
+.PHONY: help setup test test-slow extract review verify repair inspect du probe controls referee figures bench lint pocket clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-26s %s\n", $$1, $$2}'
@@ -40,8 +40,26 @@ review: setup ## Verify boxes by hand on a local page (STORE, DATA, ARGS)
 verify repair inspect du: setup ## Check, mend or look at the store (STORE, ARGS)
 	$(RUN) -m store $@ $(STORE_READ) $(ARGS)
 
-probe: setup ## Train the proxies of every layer, and their floors, from the store
-	$(RUN) -m probes train --store $(STORE_READ) --out $(PROBES) $(ARGS)
+# What the first figure needs; all that a referee asks for takes several times as long.
+FIRST := --parts layers prompt floors control-task matched
+
+probe: setup ## Train a probe per layer, with floors and a control task, in one sweep over the store
+	$(RUN) -m probes sweep --store $(STORE_READ) --out $(PROBES) $(or $(ARGS),$(FIRST))
+
+controls: setup ## The control stores of the pocket data, and fresh scenes that no probe has seen
+	$(RUN) -m extract --preset pocket --control random-weights
+	$(RUN) -m extract --preset pocket --control shuffled-images
+	$(RUN) -m extract.scenes --out data/fresh --samples 2600 --seed 77 --difficulty hard
+	$(RUN) -m extract --preset pocket --data data/fresh --store data/fresh.zarr --limit 1200 --no-vlm-boxes
+	$(RUN) -m extract --preset pocket --data data/fresh --store data/paraphrased.zarr --limit 1200 --no-vlm-boxes --prompt 1
+	$(RUN) -m extract.scenes --out data/medium --samples 1600 --seed 78 --difficulty medium
+	$(RUN) -m extract --preset pocket --data data/medium --store data/medium.zarr --limit 600 --no-vlm-boxes
+
+referee: controls ## Everything of science's list: every control, then the finished probes on fresh scenes
+	$(RUN) -m probes sweep --store $(STORE_READ) --out $(PROBES) --random-weights data/store-random-weights.zarr \
+		--shuffled-images data/store-shuffled-images.zarr $(ARGS)
+	$(RUN) -m probes evaluate --out $(PROBES) --on fresh=data/fresh.zarr paraphrased=data/paraphrased.zarr \
+		medium=data/medium.zarr
 
 figures: setup ## Draw the localization curves
 	$(RUN) -m analysis curves --probes $(PROBES) --out $(FIGURES)
