@@ -292,6 +292,11 @@ def _warn_of_others(identity: Mapping[str, Any], conditioner: Conditioner, devic
         warnings.warn(f"states may differ from the store's in their last bits: {'; '.join(other)}", stacklevel=3)
 
 
+def upright_size(image: Picture) -> tuple[int, int]:
+    """Width and height in pixels of a picture that `Encoder.read` has read: turned upright by its EXIF."""
+    return _opened(image).size
+
+
 def _opened(image: Picture) -> Image.Image:
     """The picture as upright RGB (raises `BadSample`)."""
     if isinstance(image, Image.Image):

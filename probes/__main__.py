@@ -1,6 +1,6 @@
 """Routes ``python -m probes COMMAND``."""
 
-from probes.config import EvaluateConfig, SweepConfig, TrainConfig
+from probes.config import AttendConfig, EvaluateConfig, SweepConfig, TrainConfig
 from store.commandline import route
 
 
@@ -25,6 +25,13 @@ def evaluate(config: EvaluateConfig) -> None:
     evaluate(config)
 
 
+def attend(config: AttendConfig) -> None:
+    """Write a proxy's cross-attention for every sample into the store."""
+    from probes.attend import attend
+
+    attend(config)
+
+
 if __name__ == "__main__":
     about = "Probes that read an object's box, or anything else, from stored hidden states, and what they must beat."
-    route("python -m probes", about, {"sweep": sweep, "train": train, "evaluate": evaluate})
+    route("python -m probes", about, {"sweep": sweep, "train": train, "evaluate": evaluate, "attend": attend})

@@ -172,3 +172,28 @@ class EvaluateConfig:
     """NAME=STORE: stores that the probes are asked about as they are, without training; kept in the folder."""
     json: bool = False
     """Print one JSON object instead of the table."""
+
+
+@dataclass(frozen=True)
+class AttendConfig:
+    """Write a proxy's cross-attention a[h, q, l, i] for every sample of a store into the store, as a derived array.
+
+    Read it with `s = store.open(STORE)`, lazily: `s.derived[NAME].sel(layer="6").sum("token")` is the attention mass of
+    layer 6 by sample, head and query. `python -m store drop STORE derived/NAME` takes it out again.
+    """
+
+    proxy: Path
+    """Folder of the trained proxy, e.g. runs/probes/proxies/mid-prompt-seed0."""
+    store: str
+    """Store of the samples, whose states came about as those that it was trained on."""
+    name: str | None = None
+    """Name of the array; attention-PROBE-seedK-HASH if not given, HASH the first 8 digits of its weights' sha256."""
+    batch: int = 64
+    """Samples that are read and attended at once; memory grows with it."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """Where the proxy runs; auto takes CUDA when there is one."""
+
+    def __post_init__(self):
+        """Refuse an empty batch."""
+        if self.batch < 1:
+            raise Refusal(f"--batch {self.batch} is too small: give a positive number")

@@ -25,12 +25,14 @@ from store import commits
 from store.batches import Choice
 from store.errors import Refusal
 from store.layout import (
+    DERIVED,
     DERIVED_RECORDS,
     METADATA,
     Derived,
     alone,
     create,
     create_derived,
+    derived_members,
     lay_out,
     load_parts,
     metadata,
@@ -70,10 +72,10 @@ def derive(
     path
         A store.
     name
-        Its name: Zarr path ``derived/<name>``, ``Store.derived[name]``.
+        Its name: ``Store.derived[name]``, and a Zarr group of its own, ``derived/<name>``, with its coordinates.
     dims, shape
-        Names and sizes of its axes. If the first is ``sample``, it must be as long as the store has samples, and
-        values are written for some samples after the other.
+        Names and sizes of its axes, whatever those of other derived arrays are. If the first is ``sample``, it must be
+        as long as the store has samples, and values are written for some samples after the other.
     dtype
         float16, float32 or float64: what is missing reads as NaN.
     coordinates
@@ -84,7 +86,7 @@ def derive(
     Raises
     ------
     Refusal
-        When the name is taken or not one, an axis has another size in another derived array, or a size is wrong.
+        When the name is taken or not one, or a size is wrong.
 
     Examples
     --------
@@ -123,29 +125,19 @@ class Deriving:
             raise Refusal(f"dims {tuple(dims)} and shape {tuple(shape)} of {name} do not make an array")
         if "sample" in dims[1:] or (dims[0] == "sample" and shape[0] != plan.n_samples):
             raise Refusal(f"{name}: the axis sample comes first and is {plan.n_samples} long in {self.place}")
-        sizes = {"sample": plan.n_rows}
         others = list(read_derived(self.place))
-        # Arrays and the coordinates of their axes lie in one folder.
-        axes = {"sample", *dims, *(dim for other in others for dim in other.dims)}
-        if clash := ({name, *(other.name for other in others)} & axes) | ({name} & {"zarr.json"}):
+        if any(other.name == name for other in others):
+            raise Refusal(f"derived/{name} is in {self.place} already: drop it first, or choose another name")
+        shared = [other for other in others if other.group == DERIVED]
+        # An array and the coordinates of its axes lie in one folder.
+        axes = {"sample", *dims, *(dim for other in shared for dim in other.dims)}
+        if clash := ({name} & {METADATA, *axes}) | ({METADATA} & {*dims}):
             raise Refusal(f"{clash.pop()!r} would be the name of a derived array and of something else: choose another")
-        for other in others:
-            if other.name == name:
-                raise Refusal(f"derived/{name} is in {self.place} already: drop it first, or choose another name")
-            sizes |= dict(zip(other.dims[1:], other.shape[1:], strict=True))
-            sizes |= {} if other.dims[0] == "sample" else {other.dims[0]: other.shape[0]}
-        for dim, size in zip(dims, shape, strict=True):
-            if dim != "sample" and sizes.get(dim, size) != size:
-                raise Refusal(
-                    f"the axis {dim} of {name} has {size}, and {sizes[dim]} in another derived array: rename it"
-                )
         for dim, labels in coordinates.items():
             if dim not in dims or len(labels) != shape[list(dims).index(dim)]:
                 raise Refusal(f"the coordinate {dim} of {name} has {len(labels)} labels: dims {dims}, shape {shape}")
-            known = [plan.samples["sample_id"].to_list()] if dim == "sample" else []
-            known += [other.coordinates[dim] for other in others if dim in other.coordinates]
-            if any(list(map(str, labels)) != list(there) for there in known):
-                raise Refusal(f"the axis {dim} of {name} has other labels than in {self.place}: rename it")
+            if dim == "sample" and list(labels) != plan.samples["sample_id"].to_list():
+                raise Refusal(f"the axis sample of {name} has other labels than {self.place}: leave them out")
         by_sample = dims[0] == "sample"
         shape = (plan.n_rows if by_sample else shape[0], *shape[1:])
         chunks, shards = tuple(shape), None
@@ -158,8 +150,20 @@ class Deriving:
         # Samples are labelled by the store, for it may grow.
         labels = {dim: [str(label) for label in labels] for dim, labels in coordinates.items() if dim != "sample"}
         self.derived = Derived(
-            name, tuple(dims), shape, chunks, shards, dtype, dict(attributes), labels, plan.n_samples, {}
+            name,
+            tuple(dims),
+            shape,
+            chunks,
+            shards,
+            dtype,
+            dict(attributes),
+            labels,
+            plan.n_samples,
+            {},
+            f"{DERIVED}/{name}",
         )
+        for other in shared:
+            _refuse_unaligned(self.derived, other)
         self._rows = plan.rows
         self._written = 0
         self._files: dict[str, tuple[int, str]] = {}
@@ -218,9 +222,11 @@ class Deriving:
     def __exit__(self, kind: type | None, *_: object) -> None:
         if kind is None and self._written == self.derived.samples:
             self._finish()
-            done = dataclasses.replace(self.derived, files=dict(sorted(self._files.items())))
+            done = self.derived = dataclasses.replace(self.derived, files=dict(sorted(self._files.items())))
             with alone(self.place):
                 parts, document = load_parts(self.place), f"{done.path}/{METADATA}"
+                for name in set(self.place.names(f"{done.path}/c")) - done.files.keys():
+                    self.place.remove(name)  # of one of this name that was killed
                 # By these two files it can be read, and a kill may come before the rest.
                 self.place.write_whole(document, [metadata(parts, [done])[document]])
                 self.place.write_whole(done.record_file, [done.record()])
@@ -231,6 +237,20 @@ class Deriving:
         if kind is None:
             raise ValueError(
                 f"derived/{self.derived.name} has {self._written} of {self.derived.samples} samples: it was not added"
+            )
+
+
+def _refuse_unaligned(derived: Derived, shared: Derived) -> None:
+    """Refuse other axes than an array of before 2.1 has: xarray opens a group inside another only if they agree."""
+    sizes = dict(zip(shared.dims, shared.shape, strict=True))
+    for dim, size in zip(derived.dims, derived.shape, strict=True):
+        if dim == "sample" or dim not in sizes:
+            continue
+        there, here = (one.coordinates.get(dim) for one in (shared, derived))
+        if size != sizes[dim] or (there and here and list(there) != list(here)):
+            raise Refusal(
+                f"the axis {dim} of {derived.name} ({size}) is not that of derived/{shared.name} ({sizes[dim]}), which "
+                "lies beside it as stores of format 2.0 had it: drop that one and derive it again, or rename the axis"
             )
 
 
@@ -256,7 +276,7 @@ def drop(path: str | os.PathLike | Place, name: str) -> None:
         parts = load_parts(place, laid_out=False)
         for worker in commits.workers(place):
             stack.callback(place.log(commits.log_file(worker)).close)
-        if kind == "derived":
+        if kind == DERIVED:
             if variable not in [one.name for one in read_derived(place)] and not place.names(name):
                 raise Refusal(f"{name} is not in {place}: it has {', '.join(_names(place, parts))}")
             remove_derived(place, parts, variable)
@@ -286,9 +306,9 @@ def remove_derived(place: Place, parts: Sequence[Plan], name: str) -> None:
     lay_out(place, parts)
     sweep_derived(place, name)
     # Last: while it is there, the same call goes on.
-    place.remove_tree(f"derived/{name}")
-    if not place.names("derived"):
-        place.remove_tree("derived")
+    place.remove_tree(f"{DERIVED}/{name}")
+    if not place.names(DERIVED):
+        place.remove_tree(DERIVED)
 
 
 def sweep_derived(place: Place, *kept: str) -> None:
@@ -297,17 +317,19 @@ def sweep_derived(place: Place, *kept: str) -> None:
     Arrays in the making have no metadata yet, and get them and their record while ``alone``.
     """
     left = list(read_derived(place))
-    named = {*kept, *(one.name for one in left), *(dim for one in left for dim in one.dims)}
-    for name in place.names("derived"):
-        _, member, *rest = name.split("/")
-        if rest == [METADATA] and member not in named:
-            place.remove_tree(f"derived/{member}")
+    paths = [name.split("/") for name in place.names(DERIVED)]
+    found = {member for _, member, *rest in paths if rest[-1:] == [METADATA]}
+    for member in found - derived_members(left) - {*kept}:
+        place.remove_tree(f"{DERIVED}/{member}")
     if not left:
-        place.remove(f"derived/{METADATA}")
+        place.remove(f"{DERIVED}/{METADATA}")
 
 
 def _names(place: Place, parts: Sequence[Plan]) -> list[str]:
-    return [*(name for part in parts for name in part.arrays), *(f"derived/{one.name}" for one in read_derived(place))]
+    return [
+        *(name for part in parts for name in part.arrays),
+        *(f"{DERIVED}/{one.name}" for one in read_derived(place)),
+    ]
 
 
 def _without(part: Plan, kind: str, variable: str) -> Plan:

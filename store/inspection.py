@@ -134,7 +134,7 @@ def disk_usage(path: str | os.PathLike | Place, by_layer: bool = False) -> dict[
         usage[name] = {"raw": size, "disk": size}
     for one in read_derived(store.place):
         raw = int(np.prod(one.shape)) * np.dtype(one.dtype).itemsize
-        usage[one.path] = {"raw": raw, "disk": sum(size for size, _ in one.files.values())}
+        usage[f"derived/{one.name}"] = {"raw": raw, "disk": sum(size for size, _ in one.files.values())}
     everything = locate(path).sizes()
     usage["total"] = {key: sum(part[key] for part in usage.values()) for key in ("raw", "disk")}
     usage["total"] |= {"disk": sum(everything.values()), "files": len(everything)}

@@ -8,7 +8,7 @@ import json
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +34,9 @@ LAYOUT_FILE = f"{RECORD}/layout.json"
 TWINS = f"{RECORD}/twins"
 """Second copies of what no command can compute again: the plan and the tables of the planned samples."""
 
-DERIVED_RECORDS = f"{RECORD}/derived"
+DERIVED = "derived"
+"""Group of derived arrays, each in a group of its own inside it; before 2.1 they lay in it side by side."""
+DERIVED_RECORDS = f"{RECORD}/{DERIVED}"
 FORMAT_1 = {"samples": f"{RECORD}/samples.parquet", "set_aside": f"{RECORD}/set_aside.parquet"}
 """Where format 1 has its tables; since then their names carry their hash, so that growing replaces nothing."""
 
@@ -335,14 +337,18 @@ def metadata(parts: Sequence[Plan], derived: Sequence["Derived"] = ()) -> dict[s
         for array in part.arrays.values():
             _lay_out_array(root, array)
     if derived:
-        group, coordinates = root.create_group("derived"), {}
+        group, coordinates = root.create_group(DERIVED), {}
         for one in derived:
             if one.dims[0] == "sample":
-                # One size of a dimension for all arrays of the group: what came before the store grew has no values
-                # for the rows that came later.
+                # As many rows as its coordinate: what came before the store grew has no values for the later ones.
                 one = dataclasses.replace(one, shape=(plan.n_rows, *one.shape[1:]))
-                coordinates["sample"] = sample_labels(plan)
-            coordinates |= one.coordinates
+                labels = {"sample": sample_labels(plan), **one.coordinates}
+            else:
+                labels = one.coordinates
+            if one.group == DERIVED:
+                coordinates |= labels
+            else:
+                _coordinates(root.create_group(one.group), **labels)
             create_derived(root, one)
         _coordinates(group, **coordinates)
     with warnings.catch_warnings():
@@ -411,11 +417,13 @@ class Derived:
     """Samples the store had when it was added."""
     files: Mapping[str, tuple[int, str]]
     """Path within the store → size in bytes and CRC-32C (hex)."""
+    group: str = DERIVED
+    """Zarr group that it and its coordinates lie in; records from before 2.1 do not say."""
 
     @property
     def path(self) -> str:
         """Its Zarr path."""
-        return f"derived/{self.name}"
+        return f"{self.group}/{self.name}"
 
     @property
     def record_file(self) -> str:
@@ -428,8 +436,21 @@ class Derived:
 
     @classmethod
     def parse(cls, line: bytes) -> "Derived":
-        """The derived array of a record."""
+        """The derived array of a record.
+
+        Raises
+        ------
+        Unsealed
+            When the record is not as it was written.
+        Refusal
+            When a later format wrote it.
+        """
         given = {name: tuple(value) if isinstance(value, list) else value for name, value in unseal(line).items()}
+        if unknown := given.keys() - {field.name for field in dataclasses.fields(cls)}:
+            raise Refusal(
+                f"the record of derived/{given.get('name')} has {', '.join(sorted(unknown))}, which a later format "
+                "wrote: update this code"
+            )
         return cls(**given | {"files": {name: (size, crc) for name, (size, crc) in given["files"].items()}})
 
 
@@ -453,6 +474,11 @@ def read_derived(place: Place) -> Iterator[Derived]:
     for name in place.names(DERIVED_RECORDS):
         with contextlib.suppress(Unsealed):  # `verify` names it
             yield Derived.parse(place.read(name))
+
+
+def derived_members(derived: Iterable[Derived]) -> set[str]:
+    """What lies in the group ``derived`` for these arrays: themselves or their groups, and coordinates they share."""
+    return {name for one in derived for name in (one.name, *(one.dims if one.group == DERIVED else ()))}
 
 
 def twin(name: str) -> str:

@@ -21,6 +21,7 @@ from store.layout import (
     METADATA,
     PLAN_FILE,
     Derived,
+    derived_members,
     format_version,
     read_derived,
     read_plan,
@@ -168,9 +169,8 @@ def _layout_problems(store: Store) -> Iterator[str]:
         except (FileNotFoundError, Unsealed) as failure:
             sums = {}
             yield f"{LAYOUT_FILE}: {failure}"
-        derived = list(read_derived(place))
-        known = {"sample", *(one.name for one in derived), *(dim for one in derived for dim in one.dims)}
-        for member in sorted({name.split("/")[1] for name in sums if name.startswith("derived/")} - known - {METADATA}):
+        known = {METADATA, *derived_members(read_derived(place))}
+        for member in sorted({name.split("/")[1] for name in sums if name.startswith("derived/")} - known):
             yield f"derived/{member} was laid out, and no record in {DERIVED_RECORDS} names it: `repair` removes it"
         for name, (size, checksum) in sums.items():
             try:

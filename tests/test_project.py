@@ -20,6 +20,8 @@ ALLOWED = {
     "analysis": {"store", "probes"},
     "edit": {"store", "probes", "extract"},
 }
+# One file may reach back, on demand: to answer for a picture at hand, a trained probe needs the single pass.
+REACHES_BACK = {"probes/trained.py": {"extract"}}
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
@@ -55,9 +57,10 @@ def test_constraints_pin_every_dependency_and_carry_no_index():
 @pytest.mark.parametrize("path", SOURCES, ids=lambda p: str(p.relative_to(ROOT)))
 def test_data_flow_one_way_and_every_file_says_its_purpose(path):
     package = path.relative_to(ROOT).parts[0]
+    allowed = {package} | ALLOWED[package] | REACHES_BACK.get(path.relative_to(ROOT).as_posix(), set())
     for name in imports_of(path):
         other = name.split(".")[0]
-        assert other == package or other not in PACKAGES or other in ALLOWED[package], f"{package} imports {other}"
+        assert other not in PACKAGES or other in allowed, f"{package} imports {other}"
         assert other not in ("pickle", "dill", "joblib"), f"{path} reads pickles"
     docstring = ast.get_docstring(ast.parse(path.read_text()))
     assert docstring, f"{path} does not say its purpose"
@@ -76,6 +79,7 @@ def test_data_flow_one_way_and_every_file_says_its_purpose(path):
         "store verify",
         "probes train",
         "probes evaluate",
+        "probes attend",
         "analysis curves",
     ],
 )

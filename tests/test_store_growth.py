@@ -14,7 +14,9 @@ import xarray as xr
 import store
 from store.__main__ import COMMANDS
 from store.commandline import route
+from store.inspection import describe, disk_usage
 from store.repair import repair
+from store.sealing import seal, unseal
 from store.synthetic import fill_store, synthetic_plan, synthetic_store
 
 ROWS = {"attention": ("text_to_image", "text_to_text"), "attention_layers": ("0",)}
@@ -153,8 +155,94 @@ def test_derived_arrays_are_added_whole_read_lazily_and_grow_with_nan(tmp_path):
     assert grown.shape == (25, 4, 3) and np.isnan(grown.values[21:]).all()
     assert store.verify(path).ok
     tree = xr.open_datatree(path)
-    np.testing.assert_array_equal(tree["derived/mass"].values[:21], mass)
-    assert tree["derived"].layer.values.tolist() == list(layers)
+    np.testing.assert_array_equal(tree["derived/mass/mass"].values[:21], mass)
+    assert tree["derived/norms"].layer.values.tolist() == list(layers)
+
+
+def test_derived_arrays_of_one_axis_and_other_sizes_lie_side_by_side_and_stock_xarray_opens_each(tmp_path):
+    path = synthetic_store(tmp_path / "store.zarr", synthetic_plan(9, seed=3))
+    given = {}
+    for heads in (2, 3):
+        name, labels = f"mass-{heads}", [f"h{heads}.{n}" for n in range(heads)]
+        given[name] = np.arange(9 * heads, dtype=np.float32).reshape(9, heads)
+        with store.derive(path, name, ("sample", "head"), (9, heads), coordinates={"head": labels}) as out:
+            out.write(given[name])
+    store.grow(path, synthetic_plan(12, seed=3))
+    fill_store(path)
+    assert store.verify(path).ok
+    rows, tree = store.open(path).plan.rows, xr.open_datatree(path)
+    for name, values in given.items():
+        mine, alone = store.open(path).derived[name], xr.open_zarr(path, group=f"derived/{name}")
+        np.testing.assert_array_equal(mine.values[:9], values)
+        np.testing.assert_array_equal(alone[name].values[rows[:9]], values)
+        np.testing.assert_array_equal(tree[f"derived/{name}/{name}"].values, alone[name].values)
+        assert (
+            alone["head"].values.tolist()
+            == mine["head"].values.tolist()
+            == tree[f"derived/{name}"]["head"].values.tolist()
+        )
+        assert alone.sample.values[rows].tolist() == mine.sample.values.tolist()
+        assert f"derived/{name}" in disk_usage(path) and name in describe(path)["derived"]
+    store.drop(path, "derived/mass-2")
+    assert list(store.open(path).derived) == ["mass-3"] and not (path / "derived/mass-2").exists()
+    assert store.verify(path).ok
+
+
+def test_a_derivation_that_was_killed_leaves_nothing_in_the_next_of_its_name(tmp_path, monkeypatch):
+    monkeypatch.setattr("store.growth.SHARD_BYTES", 1)
+    path = synthetic_store(tmp_path / "store.zarr", synthetic_plan(9, seed=3))
+    killed = store.derive(path, "mass", ("sample", "x"), (9, 300_000))
+    killed.write(np.ones((9, 300_000)))
+    assert len(list((path / "derived/mass").rglob("c/*/0"))) == 8  # and no process there any more to take them away
+    with store.derive(path, "mass", ("sample", "x"), (9, 300_000)) as out:
+        out.write(np.full((9, 300_000), np.nan))
+    assert np.isnan(store.open(path).derived["mass"].values).all() and store.verify(path).ok
+
+
+def test_derived_arrays_of_format_2_0_stay_readable_and_those_of_2_1_fit_beside_them(tmp_path):
+    with zipfile.ZipFile(Path(__file__).parent / "data/format-2.0.zarr.zip") as packed:
+        packed.extractall(tmp_path)
+    path = tmp_path / "format-2.0.zarr"
+    before = files(path)
+
+    def check():
+        found, tree = store.open(path).derived, xr.open_datatree(path)
+        rows = store.open(path).plan.rows[:9]
+        assert store.verify(path).ok
+        for mass in (found["mass"].values[:9], tree["derived/mass"].values[rows]):
+            np.testing.assert_array_equal(mass, np.arange(18).reshape(9, 2))
+        assert found["mass"]["head"].values.tolist() == tree["derived"]["head"].values.tolist() == ["left", "right"]
+        np.testing.assert_array_equal(found["norms"].sel(layer="final").values, [8, 9, 10, 11])
+
+    check()
+    store.Writer(path).close()
+    assert {name: data for name, data in files(path).items() if not name.startswith("record/commits")}.items() <= (
+        before.items()
+    )
+    for dims, shape, labels in ((("head",), (3,), {}), (("head",), (2,), {"head": ["up", "down"]})):
+        with pytest.raises(store.Refusal, match=r"the axis head of other .* format 2\.0 .*drop that one"):
+            store.derive(path, "other", dims, shape, coordinates=labels)
+    with store.derive(path, "other", ("sample", "query"), (9, 3)) as out:
+        out.write(np.ones((9, 3)))
+    check()
+    store.grow(path, synthetic_plan(12, seed=3))
+    fill_store(path)
+    check()
+    store.drop(path, "derived/norms")
+    store.drop(path, "derived/mass")
+    assert store.verify(path).ok and list(store.open(path).derived) == ["other"]
+    assert sorted(p.name for p in (path / "derived").iterdir()) == ["other", "zarr.json"]
+
+
+def test_a_derived_array_of_a_later_format_is_refused_by_what_is_new(tmp_path):
+    path = synthetic_store(tmp_path / "store", synthetic_plan(9, seed=3))
+    with store.derive(path, "mass", ("sample",), (9,)) as out:
+        out.write(np.ones(9))
+    record = path / "record/derived/mass.json"
+    record.write_bytes(seal(unseal(record.read_bytes()) | {"mirror": 1}))
+    for look in (lambda: store.open(path).derived, lambda: store.verify(path), lambda: store.Writer(path)):
+        with pytest.raises(store.Refusal, match="derived/mass has mirror, which a later format wrote"):
+            look()
 
 
 def test_a_derived_array_that_is_not_finished_is_not_there(tmp_path):
@@ -177,7 +265,7 @@ def test_a_derived_array_that_is_not_finished_is_not_there(tmp_path):
         (("a", ("x",), (2, 3)), "do not make an array"),
         (("a", ("sample",), (9,), "int32"), "int32"),
         (("there", ("sample", "x"), (9, 2)), "already"),
-        (("a", ("sample", "x"), (9, 3)), "the axis x"),
+        (("x", ("sample", "x"), (9, 2)), "'x' would be the name"),
     ],
 )
 def test_a_derived_array_that_cannot_be_is_refused(tmp_path, asked, named):

@@ -542,7 +542,7 @@ def damage(path):
     path.joinpath("zarr.json").unlink()
     plan = path / "record/plan.json"
     plan.write_bytes(plan.read_bytes()[:-100])
-    for name in ("hidden/image/c/2/0/0/0", "hidden_1/text/c/8/0/0/0", "derived/mass/c/0/0"):
+    for name in ("hidden/image/c/2/0/0/0", "hidden_1/text/c/8/0/0/0", "derived/mass/mass/c/0/0"):
         changed = bytearray(path.joinpath(name).read_bytes())
         changed[3] ^= 1
         path.joinpath(name).write_bytes(changed)
