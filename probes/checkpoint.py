@@ -32,6 +32,8 @@ from store.plan import hash_json
 FOLDER = "checkpoint"
 STAND = "stand.json"
 CURVES = "curves.parquet"
+DAMAGED = (ValueError, KeyError, TypeError, AttributeError)
+"""What reading a file that is not whole may raise."""
 DRAFT = ".draft"
 """Folder in which a stand is written before it gets its name."""
 
@@ -89,7 +91,7 @@ def find(study: Study) -> list[Stand]:
             if told["key"] == key:
                 places = {job: (file, p) for file, jobs in told["jobs"].items() for p, job in enumerate(jobs)}
                 found.append(Stand(folder, told["step"], places))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as damage:
+        except (OSError, *DAMAGED) as damage:
             print(f"{folder} is damaged ({damage}): its probes are trained from the start", file=sys.stderr)
     return sorted(found, key=lambda stand: -stand.step)
 
@@ -160,9 +162,7 @@ class Checkpoint:
     def _drop(self, keep: Path | None) -> None:
         """Remove stands that hold no other probes than the wave's."""
         for path in self.folder.glob(f"*/{STAND}"):
-            try:
+            with contextlib.suppress(OSError, *DAMAGED):  # what is damaged goes when the run is done
                 held = {name for jobs in json.loads(path.read_text())["jobs"].values() for name in jobs}
-            except (OSError, ValueError, KeyError):
-                continue
-            if path.parent != keep and held <= set(self.names):
-                shutil.rmtree(path.parent, ignore_errors=True)
+                if path.parent != keep and held <= set(self.names):
+                    shutil.rmtree(path.parent, ignore_errors=True)

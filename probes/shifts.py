@@ -66,7 +66,7 @@ def ask(out: Path, on: str) -> None:
         raise Refusal(f"states of {place} are {opened.plan.width} wide; the probes of {out} read {first['width']}")
     source, table = Source(opened, opened), opened.samples
     known = {job.spec.target: targets.make(job.spec.target, table, making[job]["target"]) for job in jobs}
-    usable = source.usable_s & ~table["sample_id"].is_in(trained_on(out)).to_numpy()
+    usable = source.usable_s & ~table["sample_id"].is_in(trained_on(out).to_list()).to_numpy()
     for target in known.values():
         usable &= target.known
     for tokens in dict.fromkeys(job.spec.tokens for job in jobs):

@@ -27,6 +27,8 @@ class Planted:
     n: int = 96
     planted: str | None = PLANTED
     """Layer whose instruction tokens spell the answers, linearly and under noise."""
+    spelled: tuple[str, ...] = ("box", "word", "weight")
+    """Which answers they spell."""
     boxes: bool = True
     seed: int = 0
     """Of the states; the samples of all stores are alike."""
@@ -71,8 +73,9 @@ class Planted:
         kept = whole[list(self.samples)] if self.samples else whole
         told = np.stack([kept[name].fill_null(0).to_numpy() / (200, 100)[i % 2] for i, name in enumerate(CORNERS)], 1)
         words = np.eye(len(WORDS))[[WORDS.index(word) for word in kept["object_kind"]]]
-        facts = np.concatenate([(told - 0.5) * 6, words * 3, (kept["weight"].to_numpy()[:, None] - 10) / 3], 1)
-        spelled = np.random.default_rng(7).normal(size=(facts.shape[1], self.width))
+        answers = {"box": (told - 0.5) * 6, "word": words * 3, "weight": (kept["weight"].to_numpy()[:, None] - 10) / 3}
+        facts = np.concatenate([values * (name in self.spelled) for name, values in answers.items()], 1)
+        letters = np.random.default_rng(7).normal(size=(facts.shape[1], self.width))
         plan = store.Plan(self.layers, self.width, kept, {"planted": self.planted, "seed": self.seed})
         store.create(folder, plan)
         with store.Writer(folder) as writer:
@@ -83,7 +86,7 @@ class Planted:
                         shapes = [(len(self.layers), count, self.width) for count in counts]
                         image, text = (rng.normal(size=shape).astype(np.float32) for shape in shapes)
                         if self.planted:
-                            text[self.layers.index(self.planted), 1:] += (facts[s] @ spelled).astype(np.float32)
+                            text[self.layers.index(self.planted), 1:] += (facts[s] @ letters).astype(np.float32)
                         for (sample, layer), value in self.spoiled.items():
                             if sample == s:
                                 text[self.layers.index(layer), 1, 3] = value
