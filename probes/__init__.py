@@ -2,33 +2,39 @@
 
 A *proxy* is a Q-Former whose cross-attention reads hidden states of a store and nothing else; how well it finds the
 edited object says what the states know of its place [ABP §4.4]. One command trains one proxy per layer, one on the
-prompt tokens of the middle layers together, and the floors that any claim must beat::
+prompt tokens of the middle layers together, and the floors and controls that any claim must beat, all from one pass
+over the store::
 
-    python -m probes train --store STORE --out runs/probes          # --preset paper for the paper's sizes
+    python -m probes sweep --store STORE --out runs/probes          # --preset paper for the paper's sizes
+    python -m probes train --store STORE --out runs/probes --layers 6   # one probe, as the sweep trains it
     python -m probes evaluate --out runs/probes                     # the table again, and the verdict
 
 The map
 -------
-``config``    every setting, with the presets ``pocket`` and ``paper``
-``specs``     which proxies a run trains: layers, mid-layer prompt tokens, trained floors
-``floors``    floors without training: mean box, centre box
-``data``      scenes with a true box, and their states, from the store
-``qformer``   the proxy itself, P of them stacked in one module; cross-attention a[h, q, l, i] on request
-``boxes``     IoU, GIoU, distances, containment, and the loss
-``learn``     the training of one stack
-``train``     the command: stacks in turn, error curves, scores, results on disk, resuming
-``trained``   one trained proxy on disk; ``load``
-``intervals`` bootstrap over images
-``evaluate``  the command: table and verdict
+``config``      every setting, with the presets ``pocket`` and ``paper``
+``sweep``       the commands ``sweep`` and ``train``
+``specs``       which probes a run trains: layers, middle prompt tokens, floors, controls, shares, codelengths
+``targets``     what they are asked: box, grid cell, a column of the store; permuted and control labels
+``study``       stores, samples and answers of a run
+``data``        splits, control stores, and batches of states, each read once
+``wave``        probes that are trained together, from batch to batch
+``learn``       the training of one stack of probes; ``stacked`` what stacking is, ``qformer`` and ``pooled`` the kinds
+``checkpoint``  how far a wave is, for a run that was stopped
+``trained``     one trained probe on disk; ``load``
+``provenance``  what made a run and its probes
+``floors``      floors without training: mean box, centre box, most frequent class
+``shifts``      probes answer for other stores
+``gathering``   all tables, made of what lies in the folder; ``panel``, ``statistics``, ``tables``, ``comparisons``
+``evaluate``    the command: table and ``verdict``
 
 What a run leaves
 -----------------
-``results.parquet``      tidy: probe, role, layer, tokens, seed, step, metric, value, low, high, n. The metrics
-                         ``error`` (the loss) and ``one_minus_iou`` follow the watched test images along the
-                         steps; all others are of the whole test split at the end
-``predictions.parquet``  one row per probe, seed and test image: box in [0, 1], IoU …
-``probes.json``          settings, store identity, samples, versions, command
-``proxies/NAME-seedK/``  weights (safetensors) and how they were made (JSON)
+``results.parquet``      tidy: what the probe is, seed, data, stratum, step, metric, value, low, high, n, seeds
+``comparisons.parquet``  paired comparisons of probes on the same images, corrected for their number
+``predictions.parquet``  one row per probe, seed, data set and sample
+``about.parquet``        one row per probe
+``sweep.json``           settings, store identity, samples, versions, command
+``proxies/NAME-seedK/``  weights (safetensors), how they were made (JSON), curve and predictions
 
 In Python::
 
@@ -39,7 +45,7 @@ In Python::
 
 from typing import Any
 
-__all__ = ["TrainedProxy", "load"]
+__all__ = ["TrainedProbe", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from probes import learn
 from probes.config import EvaluateConfig, Recipe, SweepConfig
 from probes.evaluate import evaluate, read_run
 from probes.sweep import sweep, train
+from store.bits import from_float32
 from store.errors import Refusal
 
 
@@ -127,12 +129,16 @@ def test_a_control_store_that_does_not_fit_is_refused(planted, tmp_path, changes
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])
 def test_states_that_are_not_finite_are_found_and_named(tmp_path, value):
-    path = Planted(spoiled={(7, "1"): value}).write(tmp_path / "store")
-    # Enough steps to meet every sample.
+    # A writer takes no such states: they come by damage of the disk, or by another hand.
+    marked = 1.5e30
+    path = Path(Planted(spoiled={(7, "1"): marked}).write(tmp_path / "store"))
+    found, put = (from_float32(np.float32([number])).tobytes() for number in (marked, value))
+    for shard in path.glob("hidden/text/**/c/**/*"):
+        if shard.is_file() and found in (data := shard.read_bytes()):
+            shard.write_bytes(data.replace(found, put))
     message = refused("are not finite at layer 1 of 1 samples, e.g. s7", sweep, quick(path, tmp_path / "run"))
     assert "python -m store verify" in message
     assert weights_of(tmp_path / "run") == {}
-    train(alone(path, tmp_path / "run0", "0"))
 
 
 @pytest.mark.parametrize("kind", ["truncated", "no index", "lost"])
@@ -159,9 +165,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_by_probe_step_and_samples(plant
 
     monkeypatch.setattr(learn.Stack, "train", diverging)
     config = quick(planted, tmp_path, parts=("layers",), checkpoint=0)
-    message = refused(
-        "the loss of probe layer-embed, seed 1, is not finite at step 7 for 1 of 16 samples", sweep, config
-    )
+    message = refused("the loss of probe layer-0, seed 1, is not finite at step 7 for 1 of 16 samples", sweep, config)
     assert "--lr" in message
     assert weights_of(tmp_path) == {}
     # What was before is kept, and nothing of what came after.
@@ -221,6 +225,14 @@ def test_other_data_that_the_probes_cannot_read_is_refused(run, tmp_path, change
     other = Planted(planted=None, **changes).write(tmp_path / "other")
     refused(words, evaluate, EvaluateConfig(run.out, on=(f"fresh={other}",)))
     assert not list(run.out.glob("data/fresh*"))
+
+
+def test_damaged_weights_are_refused_by_their_file(run, tmp_path):
+    out = shutil.copytree(run.out, tmp_path / "run")
+    file = out / "proxies/layer-0-seed1/probe.safetensors"
+    file.write_bytes(file.read_bytes()[:-50])
+    message = refused("layer-0-seed1", evaluate, EvaluateConfig(out, on=(f"same={run.store}",)))
+    assert "train it again" in message
 
 
 def test_evaluate_of_a_folder_without_tables_is_refused(tmp_path):

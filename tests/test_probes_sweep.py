@@ -20,7 +20,7 @@ import torch
 from planted_store import LAYERS, PLANTED, QUICK, Planted, alone, quick, weights_of
 from safetensors.torch import load_file
 
-from probes import checkpoint, learn, provenance, wave
+from probes import checkpoint, gathering, learn, provenance, shifts, wave
 from probes.config import EvaluateConfig, SweepConfig, TrainConfig
 from probes.evaluate import evaluate, final_table, read_run
 from probes.learn import Job, Stack
@@ -414,24 +414,34 @@ def command(config, name="sweep", **more):
     return argv
 
 
-def test_a_killed_process_leaves_what_the_next_one_ends_like_an_uninterrupted_one(uninterrupted, tmp_path):
+KILLS = {
+    "during a wave": lambda out: list(out.glob("checkpoint/*-[3-9]")),
+    "while probes are saved": lambda out: len(list(out.glob("proxies/*"))) > 2,
+    "while tables are gathered": lambda out: len(list(out.glob("proxies/*"))) == 22,
+}
+
+
+@pytest.mark.parametrize(
+    "when", [name if name == "during a wave" else pytest.param(name, marks=pytest.mark.slow) for name in KILLS]
+)
+def test_a_killed_process_leaves_what_the_next_one_brings_to_the_same_end(uninterrupted, tmp_path, when):
     config = dataclasses.replace(uninterrupted, out=tmp_path)
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
     process = subprocess.Popen(
         command(config),
         cwd=Path(__file__).parents[1],
-        env=environment,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
     )
-    deadline = time.monotonic() + 120
-    while not list(tmp_path.glob("checkpoint/*-[3-9]")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.005)
+    while not KILLS[when](tmp_path) and process.poll() is None:
+        time.sleep(0.002)
     process.send_signal(signal.SIGKILL)
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "predictions.parquet").exists()
+    before = weights_of(tmp_path)
+    assert not (tmp_path / "comparisons.parquet").exists()
     sweep(config)
+    assert before.items() <= weights_of(tmp_path).items()
     assert weights_of(tmp_path) == weights_of(uninterrupted.out)
 
 
@@ -467,8 +477,6 @@ def test_tables_are_made_again_without_the_store(planted, tmp_path):
     sweep(config)
     before = read_run(config.out)
     shutil.rmtree(path)
-    from probes import gathering
-
     gathering.gather(config.out)
     for mine, other in zip(read_run(config.out), before, strict=True):
         assert mine.equals(other)
@@ -515,6 +523,16 @@ def test_answers_for_the_own_store_are_those_of_the_sweep(whole, tmp_path, plant
     both = predictions.filter(data="same").join(predictions.filter(data="held-out"), on=keys, suffix="_own")
     assert len(both) > 500
     np.testing.assert_allclose(both["x1"].to_numpy(), both["x1_own"].to_numpy(), atol=1e-4)
+
+
+def test_probes_that_do_not_fit_into_memory_together_are_asked_in_turns(whole, tmp_path, planted, monkeypatch):
+    out = shutil.copytree(whole.out, tmp_path / "run")
+    answers = []
+    for room in (8e9, 1e6):
+        monkeypatch.setattr("probes.shifts.ROOM", room)
+        shifts.ask(out, f"same={planted}")
+        answers.append(pl.read_parquet(out / "data/same.parquet"))
+    np.testing.assert_allclose(answers[0]["x1"].to_numpy(), answers[1]["x1"].to_numpy(), atol=1e-5)
 
 
 def test_class_probes_answer_in_their_own_classes(planted, tmp_path):
