@@ -24,11 +24,13 @@ Training
     ``qformer``      the proxy; its cross-attention a[h, q, l, i] on request
     ``pooled``       simpler probes: linear, MLP, attention pooling
     ``learn``        schedule, loss and steps of one stack
-    ``sweep``        the commands ``sweep`` and ``train``: waves of stacks from one pass over the data
-    ``checkpoint``   what a killed run goes on from; ``memory`` keeps freed memory for the next step
+    ``study``        stores, samples and answers of a run
+    ``wave``         probes that are trained together, from batch to batch; ``sweep`` the commands
+    ``checkpoint``   what a killed run goes on from; ``malloc`` keeps freed memory for the next step
     ``provenance``   what made a run and each probe, and what is on disk already
 Results
     ``predictions``  one row a probe, seed, data set and sample
+    ``shifts``       trained probes answer for other stores
     ``floors``       answers without training: the mean box, the centre box, the commonest class
     ``gathering``    the tables of a run, made of what its folder holds
     ``panel``        predictions as arrays of one value per metric, seed and image

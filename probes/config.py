@@ -1,5 +1,6 @@
 """Every setting of the probes' commands, with their presets; the text under each field is its ``--help``."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -92,8 +93,8 @@ class Recipe:
         numbers = [name for name, value in asdict(self).items() if isinstance(value, int | float)]
         for name in numbers:
             least = 0 if name in ("warm_up", "l1_steps", "order_seed", "checkpoint") else 1e-12
-            if getattr(self, name) < least:
-                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)} is too small: give a positive number")
+            if not least <= getattr(self, name) < math.inf:
+                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)} is no use: give a positive number")
         if self.width % self.heads:
             raise Refusal(
                 f"--width {self.width} is not a multiple of --heads {self.heads}: each head needs a whole share"
@@ -120,8 +121,9 @@ class SweepConfig(Recipe):
     finished is never trained again. Ends with the table of `python -m probes evaluate`. Settings that are not given
     take the value of the preset.
 
-    Examples: `--target cell-3x3 --parts layers` (which layer knows the cell?), `--probe linear` (what lies open?),
-    `--layers 6 11 final --parts layers permuted`.
+    Examples, each with `--store STORE --out FOLDER`: `--parts layers permuted --layers 6 11 final` (three layers, and
+    what their labels alone are worth); `--target cell-3x3 --parts layers` (which layer knows the ninth of the picture);
+    `--probe linear` (what lies open in the states); `--preset paper --device cuda` (the paper's sizes).
     """
 
     parts: tuple[
@@ -147,8 +149,11 @@ class SweepConfig(Recipe):
 class TrainConfig(Recipe):
     """Train one probe, once per seed: the layers that are named, read together.
 
-    The same probe, to the bit of its order of samples, as a sweep trains among others. Settings that are not given take
-    the value of the preset.
+    The same probe, to the bit of its order of samples, as a sweep trains among others; in one folder, a sweep takes it
+    as it is. Settings that are not given take the value of the preset.
+
+    Examples, each with `--store STORE --out FOLDER`: `--layers 6`; `--layers 4 5 6 7 --tokens text` (prompt tokens of
+    four layers under one softmax); `--layers 6 --labels permuted` (what its labels alone are worth).
     """
 
     layers: tuple[str, ...] = ("final",)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, NoReturn
 
 import numpy as np
 import polars as pl
@@ -19,6 +19,7 @@ from probes.specs import ORDINARY
 from probes.stacked import View
 from store.errors import Refusal
 from store.plan import hash_json
+from store.shards import DamagedShard
 
 ALIGNED = 16
 """Token axes are padded to a multiple of this: vector units take them whole, which is twice as fast on CPUs."""
@@ -56,7 +57,7 @@ class Split:
         return {name: len(positions) for name, positions in parts.items()} | {"hash": hash_json([told, answers])}
 
 
-def split(table: pl.DataFrame, usable: np.ndarray, watch: int, order_seed: int) -> Split:
+def split(table: pl.DataFrame, usable: np.ndarray, watch: int, order_seed: int, place: Any = "the store") -> Split:
     """The usable samples of ``table`` (``store.samples``) by its split column.
 
     At most half of the test split is watched, so that there is always a rest that chose nothing.
@@ -66,11 +67,12 @@ def split(table: pl.DataFrame, usable: np.ndarray, watch: int, order_seed: int) 
     Refusal
         When a split has fewer than two samples.
     """
-    found = {name: np.flatnonzero((table["split"] == name).to_numpy() & usable) for name in ("train", "test")}
+    found = {name: np.flatnonzero(table["split"].eq_missing(name).to_numpy() & usable) for name in ("train", "test")}
     for name, positions in found.items():
         if len(positions) < 2:
             raise Refusal(
-                f"{len(positions)} samples with states and an answer are in split {name!r}: it takes two in train and test"
+                f"{len(positions)} samples of {place} with states and an answer are in split {name!r}: training takes "
+                "two in train and two in test, extract more"
             )
     test = np.random.default_rng(0).permutation(found["test"])
     watched = min(watch, len(test) // 2)
@@ -132,7 +134,8 @@ class Source:
         )
         if table.is_empty():
             kinds = self.store.tokens.select(pl.col("kind").unique()).collect()["kind"].to_list()
-            raise Refusal(f"no token is of kind {tokens!r} in {self.store.place}: it has {', '.join(sorted(kinds))}")
+            known = ", ".join(sorted({"all", "text", *kinds}))
+            raise Refusal(f"--tokens {tokens}: no token of {self.store.place} is of that kind; give one of {known}")
         sample, slot = table["sample"].to_numpy(), table["slot"].to_numpy().astype(np.int64)
         counts = np.bincount(sample, minlength=len(n_text))
         place = np.arange(len(sample)) - np.repeat(np.cumsum(counts) - counts, counts)
@@ -201,7 +204,7 @@ class Feed:
         try:
             for _ in range(start, len(orders) if steps is None else steps):
                 began = time.perf_counter()
-                found = {name: next(stream) for name, stream in iterators.items()}
+                found = {name: self._next(name, stream) for name, stream in iterators.items()}
                 self.told.waited += time.perf_counter() - began
                 self.told.nbytes += sum(one.states.nbytes for one in found.values())
                 yield Read(
@@ -212,6 +215,15 @@ class Feed:
             for stream in iterators.values():
                 stream.close()
             self.told.busy += sum(stream.busy for stream in streams.values())
+
+    def _next(self, source: str, stream: Iterator[Any]) -> Any:
+        try:
+            return next(stream)
+        except DamagedShard as damage:
+            raise Refusal(str(damage)) from None
+        except OSError as failure:
+            place = self.sources[source].store.place
+            raise Refusal(f"{place} cannot be read ({failure}): `python -m store verify` tells what is whole") from None
 
 
 class Views:
@@ -226,8 +238,23 @@ class Views:
         """All states of a source, mean 0 and variance 1 over the width: (l, b, t, w)."""
         if source not in self._normalised:
             states_lbtw = self.read.states[source].to(self.device, non_blocking=True).transpose(0, 1)
-            self._normalised[source] = functional.layer_norm(states_lbtw.float(), states_lbtw.shape[-1:]).to(self.dtype)
+            normal_lbtw = functional.layer_norm(states_lbtw.float(), states_lbtw.shape[-1:])
+            # A state with one value that is no number has none left after the norm: one value of each tells.
+            sound_lb = normal_lbtw[..., 0].isfinite().all(-1)
+            if not sound_lb.all():
+                self._unsound(source, ~sound_lb.cpu().numpy())
+            self._normalised[source] = normal_lbtw.to(self.dtype)
         return self._normalised[source]
+
+    def _unsound(self, source: str, unsound_lb: np.ndarray) -> NoReturn:
+        origin = self.feed.sources[source]
+        layers = [name for name, some in zip(self.feed.layers[source], unsound_lb.any(1), strict=True) if some]
+        places = origin.position_s[self.read.samples[unsound_lb.any(0)]]
+        names = origin.store.plan.samples["sample_id"][places].to_list()
+        raise Refusal(
+            f"states of {origin.store.place} are not finite at layer {', '.join(layers)} of {len(names)} samples, e.g. "
+            f"{names[0]}: `python -m store verify` lists them; extract them again"
+        )
 
     def chosen(self, source: str, tokens: str) -> tuple[Tensor, Tensor | None]:
         """Tokens of a kind (l, b, t, w), and where they are padding, as 0 and −inf (b, t); None if nowhere."""

@@ -18,11 +18,11 @@ from probes.panel import HELD_OUT, joined
 from probes.predictions import frame
 from probes.specs import Spec
 from store.errors import Refusal
-from store.places import readable, write_file
+from store.places import write_file
 from store.plan import depth
 
 if TYPE_CHECKING:
-    from probes.sweep import Study
+    from probes.study import Study
 
 FLOORS = "floors.parquet"
 DATA = "data"
@@ -51,7 +51,12 @@ def begin(study: "Study") -> None:
             own = name if target.name == "box" else f"{name}-{target.name}"
             one = frame(floor_of(own, target.name), study.store.samples, test, answers, watched=study.split.watch)
             found.append(one.with_columns(target=pl.lit(target.name)))
-    write(study.config.out / FLOORS, joined(found))
+    path = study.config.out / FLOORS
+    if path.exists():
+        # Probes of the same folder, and so of the same samples, may have been asked for something else before.
+        before = pl.read_parquet(path)
+        found.append(before.filter(~pl.col("target").is_in(list(study.targets))))
+    write(path, joined(found))
 
 
 def floor_of(name: str, target: str) -> Job:
@@ -102,8 +107,8 @@ def shifts(out: Path) -> Iterator[str]:
             yield name
 
 
-def gather(out: Path) -> None:
-    """Write ``about``, ``predictions``, ``results`` and ``comparisons`` (parquet) of a run."""
+def gather(out: Path) -> dict[Path, int]:
+    """Write ``about``, ``predictions``, ``results`` and ``comparisons`` (parquet) of a run; their sizes in bytes."""
     jobs = jobs_of(out)
     floors = pl.read_parquet(out / FLOORS)
     folders = [trained.folder_of(out, job) for job in jobs]
@@ -114,6 +119,8 @@ def gather(out: Path) -> None:
     curves = pl.concat([pl.read_parquet(folder / trained.CURVE) for folder in folders])
     samples = {name: pl.read_parquet(out / DATA / f"{name}-samples.parquet") for name in (HELD_OUT, *shifts(out))}
     made["results"], made["comparisons"] = tables.gather(made["predictions"], curves, made["about"], samples)
-    for name, table in made.items():
-        size = write(out / f"{name}.parquet", table)
-        print(f"{out / name}.parquet  {readable(size)}")
+    paths = {name: out / f"{name}.parquet" for name in made}
+    for path in paths.values():
+        # Old tables beside new ones would look whole.
+        path.unlink(missing_ok=True)
+    return {paths[name]: write(paths[name], table) for name, table in made.items()}

@@ -127,8 +127,8 @@ class Stack:
         with self._mixed():
             return self.model(view)
 
-    def train(self, views: Views, step: int) -> None:
-        """One step of each probe; losses are summed and Adam is elementwise, so each goes its own way."""
+    def train(self, views: Views, step: int) -> Tensor:
+        """One step of each probe, whose loss (p, b) is returned; Adam is elementwise, so each goes its own way."""
         true = torch.from_numpy(np.stack([labels[views.read.samples] for labels in self.labels])).to(self.device)
         for group in self.adam.param_groups:
             group["lr"] = learning_rate(step, self.config)
@@ -137,6 +137,7 @@ class Stack:
         self.adam.step()
         # Gradients are not kept between stacks: together they take as much memory as the weights.
         self.adam.zero_grad(set_to_none=True)
+        return loss_pb.detach()
 
     @torch.inference_mode()
     def answer(self, views: Views) -> Tensor:

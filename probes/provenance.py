@@ -4,6 +4,7 @@ import hashlib
 import json
 import platform
 import sys
+from collections.abc import Sequence
 from dataclasses import asdict
 from functools import cache
 from importlib.metadata import version
@@ -19,13 +20,13 @@ from store.errors import Refusal
 from store.places import write_file
 
 if TYPE_CHECKING:
-    from probes.sweep import Study
+    from probes.study import Study
 
 PROVENANCE = "sweep.json"
 
 
-def begin(study: "Study", jobs: list[Job]) -> None:
-    """Write what the run is; refuse a folder whose probes were made otherwise.
+def begin(study: "Study", jobs: Sequence[Job]) -> None:
+    """Write what the run is; refuse a folder whose probes were made otherwise, or that cannot be written.
 
     Raises
     ------
@@ -35,7 +36,11 @@ def begin(study: "Study", jobs: list[Job]) -> None:
     out, path = study.config.out, study.config.out / PROVENANCE
     now = json.loads(json.dumps({"settings": study.config.settings, "store": store_of(study)}))
     if path.exists():
-        before = json.loads(path.read_text())
+        try:
+            before = json.loads(path.read_text())
+            before["settings"], before["store"]
+        except (ValueError, KeyError, TypeError) as damage:
+            raise Refusal(f"{path} is damaged ({damage}): give another --out, or remove it") from None
         for part in ("settings", "store"):
             for name, value in now[part].items():
                 then = before[part].get(name)
@@ -44,6 +49,8 @@ def begin(study: "Study", jobs: list[Job]) -> None:
                         f"{out} holds probes of {part} {name} = {brief(then)}, and {brief(value)} is asked: "
                         "give another --out"
                     )
+    for job in jobs:
+        finished(out, job)
     told = now | {
         "command": ["python", "-m", "probes", *sys.argv[1:]],
         "preset": study.config.preset,
@@ -54,16 +61,18 @@ def begin(study: "Study", jobs: list[Job]) -> None:
         "code": code(),
         "versions": versions(),
     }
-    write_file(out / PROVENANCE, json.dumps(told, indent=1).encode())
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        write_file(out / PROVENANCE, json.dumps(told, indent=1).encode())
+    except OSError as failure:
+        raise Refusal(f"--out {out} cannot be written ({failure.strerror}): give another folder") from None
 
 
 def store_of(study: "Study") -> dict[str, Any]:
     """Which store and samples, JSON-able."""
-    labels = {name: target.labels for name, target in study.targets.items()}
-    main = next(iter(labels.values()))
     return {
         "identity_hash": study.store.plan.identity_hash,
-        "samples": study.split.describe(main),
+        "samples": study.split.describe(study.targets[study.config.target].labels),
     }
 
 

@@ -2,12 +2,13 @@
 
 import contextlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
 import polars as pl
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from tqdm import tqdm
 
@@ -19,6 +20,9 @@ from probes.panel import HELD_OUT, joined
 from probes.predictions import frame
 from probes.specs import ORDINARY
 from store.errors import Refusal
+
+ROOM = 4e9
+"""Bytes of weights of probes that are asked together."""
 
 
 def asked(on: str) -> tuple[str, str]:
@@ -66,7 +70,7 @@ def ask(out: Path, on: str) -> None:
         raise Refusal(f"states of {place} are {opened.plan.width} wide; the probes of {out} read {first['width']}")
     source, table = Source(opened, opened), opened.samples
     known = {job.spec.target: targets.make(job.spec.target, table, making[job]["target"]) for job in jobs}
-    usable = source.usable_s & ~table["sample_id"].is_in(trained_on(out)).to_numpy()
+    usable = source.usable_s & ~table["sample_id"].is_in(trained_on(out).to_list()).to_numpy()
     for target in known.values():
         usable &= target.known
     for tokens in dict.fromkeys(job.spec.tokens for job in jobs):
@@ -74,13 +78,37 @@ def ask(out: Path, on: str) -> None:
     samples = np.flatnonzero(usable)
     if not len(samples):
         raise Refusal(f"{place} has no sample with states and an answer that the probes were not trained on")
-    answers = answers_for(jobs, making, folders, source, samples)
+    answers: dict[Job, torch.Tensor] = {}
+    for part in portions(jobs, folders):
+        answers |= answers_for(part, making, folders, source, samples)
     frames = []
     for job, raw in answers.items():
         target = known[job.spec.target]
         frames.append(frame(job, table, samples, target.answers(raw, target.labels[samples]), data=name))
     gathering.write(out / gathering.DATA / f"{name}.parquet", joined(frames))
     gathering.write(out / gathering.DATA / f"{name}-samples.parquet", gathering.plain(table))
+
+
+def portions(jobs: Sequence[Job], folders: dict[Job, Path]) -> Iterator[list[Job]]:
+    """Probes that are asked together: as many as there is room for."""
+    part: list[Job] = []
+    taken = 0
+    for job in jobs:
+        size = (folders[job] / trained.WEIGHTS).stat().st_size
+        if part and taken + size > ROOM:
+            yield part
+            part, taken = [], 0
+        part.append(job)
+        taken += size
+    yield part
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    """The weights of a trained probe."""
+    try:
+        return load_file(folder / trained.WEIGHTS)
+    except (OSError, SafetensorError) as damage:
+        raise Refusal(f"{folder / trained.WEIGHTS} is damaged ({damage}): remove {folder} and train it again") from None
 
 
 def trained_on(out: Path) -> pl.Series:
@@ -105,7 +133,7 @@ def answers_for(
             told["width"],
             told["target"]["outputs"],
         )
-        model.load_state_dict(learn.stack([load_file(folders[job] / trained.WEIGHTS) for job in part]))
+        model.load_state_dict(learn.stack([weights_of(folders[job]) for job in part]))
         stacks.append((part, list(dict.fromkeys(job.spec.layers for job in part)), model.eval()))
     found: dict[Job, list[torch.Tensor]] = {job: [] for job in jobs}
     bar = tqdm(total=len(samples), unit="sample", desc=f"{len(jobs)} probes")

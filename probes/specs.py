@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Literal
 
-from probes.config import SweepConfig
+from probes.config import SweepConfig, TrainConfig
 from store.errors import Refusal
 
 Role = Literal["layer", "prompt", "floor", "control", "matched", "efficiency", "codelength", "other"]
@@ -83,6 +83,49 @@ def fraction(share: float) -> str:
     return f"1-of-{round(1 / share)}"
 
 
+def named(prefix: str, layers: Sequence[str], tokens: str) -> str:
+    """The name of a probe: ``layer-3``, ``permuted-3-text``, ``joint-4+5``."""
+    return f"{prefix}-{'+'.join(layers)}" + ("" if tokens == "all" else f"-{tokens}")
+
+
+def once(option: str, layers: Sequence[str]) -> None:
+    """Refuse layers of which one is named twice."""
+    if len(set(layers)) < len(layers):
+        raise Refusal(f"--{option.replace('_', '-')} {' '.join(layers)}: name each layer once")
+
+
+def one(config: TrainConfig, layers: Sequence[str]) -> Spec:
+    """The probe that ``train`` is asked for, over a store that holds ``layers``; a sweep's, where it has the same.
+
+    Raises
+    ------
+    Refusal
+        When the settings name no layer, one twice, or one that the store does not hold.
+    """
+    unknown = [name for name in config.layers if name not in layers]
+    if unknown or not config.layers:
+        raise Refusal(f"--layers names {', '.join(unknown) or 'none'}; the store holds {', '.join(layers)}")
+    once("layers", config.layers)
+    role: Role = "control" if config.labels != "true" else "layer" if len(config.layers) == 1 else "other"
+    prefix = config.labels if config.labels != "true" else "layer" if len(config.layers) == 1 else "joint"
+    name = named(prefix, config.layers, config.tokens)
+    return Spec(name, role, config.layers, config.tokens, config.probe, config.target, config.labels)
+
+
+def left_out(config: SweepConfig, layers: Sequence[str], text_tokens: int) -> Iterator[str]:
+    """Lines on the parts of a sweep that this store has not what it takes for."""
+    middle = config.prompt_layers or middle_third(layers)
+    if "prompt" in config.parts and not middle:
+        yield "prompt is left out: the store holds no block; --prompt-layers names what to read"
+    if "floors" in config.parts and "embed" not in layers:
+        yield "floors text-only and image-only are left out: the store holds no layer embed"
+    if "matched" in config.parts and not 1 < len(middle) <= text_tokens:
+        yield (
+            f"matched is left out: it takes two middle layers and as many prompt tokens in every sample, and there are "
+            f"{len(middle)} and {text_tokens}; --prompt-layers names others"
+        )
+
+
 def specs(config: SweepConfig, layers: Sequence[str], controls: Sequence[str], text_tokens: int) -> list[Spec]:
     """All probes of a sweep over a store that holds ``layers``, beside which the ``controls`` stores are given.
 
@@ -100,6 +143,8 @@ def specs(config: SweepConfig, layers: Sequence[str], controls: Sequence[str], t
                 f"--{option.replace('_', '-')} names {', '.join(unknown)}; the store holds {', '.join(layers)}"
             )
     common = Spec("", "layer", (), config.tokens, config.probe, config.target)
+    for option in ("layers", "prompt_layers"):
+        once(option, getattr(config, option))
     wanted = list(_specs(config, common, layers, controls, text_tokens))
     # Asked of one layer alone, the prompt's probe and a floor may be the same as a layer's.
     return list({spec.name: spec for spec in wanted}.values())
@@ -113,7 +158,7 @@ def _specs(
 
     def each(role: Role, prefix: str, **changes: Any) -> Iterator[Spec]:
         for name in chosen:
-            yield replace(common, name=f"{prefix}-{name}", role=role, layers=(name,), **changes)
+            yield replace(common, name=named(prefix, (name,), config.tokens), role=role, layers=(name,), **changes)
 
     if "layers" in parts:
         yield from each("layer", "layer")
@@ -129,7 +174,7 @@ def _specs(
         yield from each("control", "control", labels="control")
     for source in controls:
         yield from each("control", source.split("-")[0], source=source)
-    if "matched" in parts and len(middle) > 1:
+    if "matched" in parts and 1 < len(middle) <= text_tokens:
         keys = text_tokens - text_tokens % len(middle)
         centre = (middle[len(middle) // 2],)
         for tokens, count in ((tokens, count) for tokens in ("all", "text") for count in (1, len(middle))):

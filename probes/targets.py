@@ -187,7 +187,7 @@ def make(name: str, table: pl.DataFrame, described: Mapping[str, Any] | None = N
             raise Refusal(f"--target {name}: a grid has 2 to {MOST_CLASSES} cells, e.g. cell-3x3")
         boxes_s4, known = unit_boxes(table)
         centres_s2 = np.where(known[:, None], (boxes_s4[:, :2] + boxes_s4[:, 2:]) / 2, 0)
-        place_s2 = np.minimum((centres_s2 * [columns, rows]).astype(np.int64), [columns - 1, rows - 1])
+        place_s2 = np.clip((centres_s2 * [columns, rows]).astype(np.int64), 0, [columns - 1, rows - 1])
         names = [f"row {r + 1}, column {c + 1}" for r in range(rows) for c in range(columns)]
         return ClassTarget(name, known, place_s2[:, 1] * columns + place_s2[:, 0], names)
     if name not in table.columns:
@@ -199,7 +199,7 @@ def _column(name: str, column: pl.Series, described: Mapping[str, Any] | None) -
     form = described["form"] if described else None
     if form is None:
         few = column.dtype.is_integer() and column.n_unique() <= MOST_COUNTS
-        words = column.dtype in (pl.String, pl.Boolean, pl.Categorical)
+        words = column.dtype in (pl.String, pl.Boolean, pl.Categorical, pl.Enum)
         if not (words or column.dtype.is_numeric()):
             raise Refusal(f"--target {name}: a column of {column.dtype} is neither classes nor numbers")
         form = "class" if few or words else "number"

@@ -1,4 +1,4 @@
-"""Memory that is freed is kept for the next step."""
+"""The C library's allocator: memory that is freed is kept for the next step."""
 
 import ctypes
 
@@ -6,7 +6,7 @@ TRIM_THRESHOLD, MMAP_MAX = -1, -4  # of mallopt, see malloc.h
 NEVER = 2**31 - 1
 
 
-def keep() -> None:
+def keep_freed() -> None:
     """Let the C library hold on to large blocks that were freed.
 
     A training step allocates the same few hundred megabytes again and again. By default glibc hands blocks of that
