@@ -9,6 +9,7 @@ Shape suffixes: ``s`` sample, ``b`` batch, ``l`` VLM layer, ``t`` token, ``w`` V
 
 import contextlib
 import itertools
+import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -129,6 +130,8 @@ def loader_of(file: StatesFile, layers: Sequence[int], batch: int, workers: int,
         min(batch, len(file.samples)),
         shuffle=True,
         num_workers=workers,
+        # As by default on Linux; a process that was spawned would spawn, and import all it has, anew for every loader.
+        multiprocessing_context="fork" if workers and sys.platform == "linux" else None,
         persistent_workers=workers > 0,
         drop_last=True,
         pin_memory=device == "cuda",
