@@ -7,6 +7,7 @@ that is measured after it faster. What is measured beside it has the same from i
 import contextlib
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,16 +16,15 @@ import torch
 import store
 from bench import reference
 from bench.config import Sizes
-from bench.measure import Row, Turns, figure_row, in_process, own_memory, pace_row, rate_row, time_row
+from bench.measure import Row, Turns, figure_row, in_process, pace_row, rate_row, time_row
 from bench.pocket import Pocket
-from bench.training import NEVER, Trained, states_file, study_of, train
+from bench.training import NEVER, Trained, peak_of_training, states_file, study_of, train, whole_epochs
 from extract.config import ExtractConfig
 from extract.pipeline import Clock
 from extract.run import begin, make_extractor
 from extract.workers import Rank
 from probes import memory
 from probes.config import SweepConfig
-from probes.sweep import Study
 
 PART = "proxies"
 PLAIN_GOAL = 8.0
@@ -50,18 +50,12 @@ def measure(asked: ExtractConfig, sizes: Sizes, turns: Turns, scratch: Path) -> 
         device="cpu",
     )
     rows = in_process(_timed, config, asked, sizes.epochs_trained, turns, scratch / "swept.bin")
-    whole, alone = (in_process(_peak, config, sizes.epochs_trained, several) for several in (True, False))
+    whole, alone = (in_process(peak_of_training, config, sizes.epochs_trained, several) for several in (True, False))
     baseline, note = "one probe, its whole process", f"{alone[1] / 1e6:.0f} MB of it before any training"
     row = figure_row(
         PART, "peak memory of the sweep", whole[0] / 1e6, "MB", baseline, alone[0] / 1e6, "less", note=note
     )
     return [*rows, row]
-
-
-def _steps(study: Study, epochs: int) -> int:
-    """Steps that are timed: with the one that is not, whole epochs, or a batch would be read ahead for nobody."""
-    train = study.split.train
-    return max(2, epochs * (len(train) // min(study.config.batch, len(train)))) - 1
 
 
 def _forward(asked: ExtractConfig) -> Callable[[], float]:
@@ -85,7 +79,8 @@ def _forward(asked: ExtractConfig) -> Callable[[], float]:
 @contextlib.contextmanager
 def open_pocket(asked: ExtractConfig) -> Iterator[Pocket]:
     """The extraction that has filled a store, once more."""
-    planner, loaders = begin(asked, Rank())
+    # Inputs are prepared once: a process that prepares would cost more than it saves.
+    planner, loaders = begin(replace(asked, loaders=0), Rank())
     extractor = make_extractor(planner, store.load_plan(asked.store), Clock())
     with loaders:
         yield Pocket(asked, extractor, loaders, "")
@@ -95,7 +90,7 @@ def _timed(config: SweepConfig, asked: ExtractConfig, epochs: int, turns: Turns,
     torch.set_num_threads(config.threads)
     memory.keep()
     study, jobs = study_of(config)
-    opened, steps, count = study.store, _steps(study, epochs), len(jobs)
+    opened, steps, count = study.store, whole_epochs(study, epochs), len(jobs)
     middle = len(opened.layers) // 2
     one = next(job for job in jobs if job.spec.layers == (opened.layers[middle],))
     file = states_file(study, path)
@@ -113,8 +108,8 @@ def _timed(config: SweepConfig, asked: ExtractConfig, epochs: int, turns: Turns,
     )
     read: list[float] = []
 
-    def plain(workers: int, few: int = steps) -> float:
-        return reference.seconds_a_step(file, [middle], plain_sizes, config.batch, few, workers, "cpu")
+    def plain(workers: int) -> float:
+        return reference.seconds_a_step(file, [middle], plain_sizes, config.batch, steps, workers, "cpu")
 
     def swept() -> float:
         found.append(train(study, jobs, steps))
@@ -155,12 +150,3 @@ def _timed(config: SweepConfig, asked: ExtractConfig, epochs: int, turns: Turns,
     shown = "a step of the whole sweep"
     rows.append(time_row(PART, "… in which it waits for states", np.maximum(waiting, 1e-9), shown, step))
     return rows
-
-
-def _peak(config: SweepConfig, epochs: int, several: bool) -> tuple[int, int]:
-    torch.set_num_threads(config.threads)
-    memory.keep()
-    study, jobs = study_of(config)
-    before = own_memory("VmRSS")
-    train(study, jobs if several else jobs[:1], _steps(study, epochs))
-    return own_memory("VmHWM"), before

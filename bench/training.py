@@ -14,6 +14,8 @@ import torch
 
 import store
 from bench import reference
+from bench.measure import own_memory
+from probes import memory
 from probes.config import SweepConfig
 from probes.data import Told
 from probes.learn import Job
@@ -103,3 +105,19 @@ def states_file(study: Study, path: Path, only: Sequence[int] | None = None) -> 
         out[sample, list(layers), : lengths[sample]] = states[0].view(torch.uint16).numpy()
     out.flush()
     return file
+
+
+def whole_epochs(study: Study, epochs: int) -> int:
+    """Steps that are timed: with the one that is not, whole epochs, or a batch would be read ahead for nobody."""
+    samples = len(study.split.train)
+    return max(2, epochs * (samples // min(study.config.batch, samples))) - 1
+
+
+def peak_of_training(config: SweepConfig, epochs: int, several: bool) -> tuple[int, int]:
+    """Most bytes of this process while it trains all probes or, without ``several``, one; and what it had before."""
+    torch.set_num_threads(config.threads)
+    memory.keep()
+    study, jobs = study_of(config)
+    before = own_memory("VmRSS")
+    train(study, jobs if several else jobs[:1], whole_epochs(study, epochs))
+    return own_memory("VmHWM"), before
