@@ -11,7 +11,10 @@ to ``history/<date>-<machine>.json``; a rerun on the same day is one more entry 
 ``extraction``  the loop of ``python -m extract`` / the model's forward, and where the rest goes
 ``storing``     codecs, size, writing, shuffled and cold batches, verification, opening / plain files and memory maps
 ``rivals``      other formats, pipelines and codecs that ``storing`` is measured beside
-``proxies``     the stacked proxies / one after the other
+``sweeping``    a sweep of probes / one after the other, and the VLM run again for every batch; its reading and memory
+``training``    training steps of a sweep, timed
+``reference``   the proxy in plain PyTorch over a memory map, which ``sweeping`` and ``paper`` compare with
+``paper``       the same at the paper's sizes, in a run of its own: ``--paper``
 ``machine``     what the run was on, and whether it had it for itself
 ``report``      the table and the history
 ``run``         all of it

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 
 import store
-from bench.measure import Row, Turns, figure_row, missing_row, own_memory, time_row
-from bench.pocket import Pocket, quiet
+from bench.measure import Row, Turns, figure_row, in_process, missing_row, own_memory, quiet, time_row
+from bench.pocket import Pocket
 from extract.config import ExtractConfig
 from extract.pipeline import Clock
 from extract.run import begin, fill, make_extractor
@@ -65,7 +65,7 @@ def measure(pocket: Pocket, turns: Turns) -> list[Row]:
 
 def memory(pocket: Pocket) -> list[Row]:
     """Peak memory of a process that extracts, over what it has when its model is loaded."""
-    peak, before = _in_process(_peak, pocket.config)
+    peak, before = in_process(_peak, pocket.config)
     note = "one process; n = 512 of a store of any size: what waits is bounded"
     return [
         figure_row(
@@ -125,24 +125,6 @@ def _worker(config: ExtractConfig, rank: Rank, core: int, barrier: Any) -> None:
         with loaders:
             barrier.wait(300)
             fill(extractor, loaders, str(rank.rank), lambda samples: None, own)
-
-
-def _in_process(work: Any, *given: Any) -> Any:
-    """What ``work`` gives in a process of its own, whose memory nobody else has filled."""
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(False)
-    process = context.Process(target=_sent, args=(there, work, given))
-    process.start()
-    there.close()
-    try:
-        return here.recv()
-    finally:
-        process.join()
-
-
-def _sent(answer: Any, work: Any, given: tuple) -> None:
-    with quiet():
-        answer.send(work(*given))
 
 
 def _peak(config: ExtractConfig) -> tuple[int, int]:

@@ -1,13 +1,16 @@
 """Taking turns, so that drift cancels in the ratio; the row that comes of it; what is in memory, and what is not."""
 
+import contextlib
 import ctypes
+import io
 import math
+import multiprocessing
 import os
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import polars as pl
@@ -93,6 +96,13 @@ def rate_row(
 ) -> Row:
     """A row of MB/s over ``size`` bytes: the ratio says how many times faster it is."""
     return _row(part, name, size / seconds / 1e6, "MB/s", baseline, size / baseline_seconds / 1e6, "more", **more)
+
+
+def pace_row(
+    part: str, name: str, seconds: np.ndarray, baseline: str, baseline_seconds: np.ndarray, **more: object
+) -> Row:
+    """A row of steps a second, from seconds a step: the ratio says how many times faster it is."""
+    return _row(part, name, 1 / seconds, "steps/s", baseline, 1 / baseline_seconds, "more", **more)
 
 
 def size_row(part: str, name: str, size: float, baseline: str, baseline_size: float, **more: object) -> Row:
@@ -196,3 +206,36 @@ def own_memory(field: str) -> int:
     """Bytes that the system says this process has (``VmRSS``) or had at most (``VmHWM``)."""
     found = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith(field))
     return int(found.split()[1]) * 1024
+
+
+def in_process(work: Callable[..., Any], *given: Any) -> Any:
+    """What ``work`` gives in a process of its own, whose memory nobody else has filled; both can be pickled.
+
+    Raises
+    ------
+    RuntimeError
+        When the process fails, or is killed.
+    """
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(False)
+    process = context.Process(target=_sent, args=(there, work, given))
+    process.start()
+    there.close()
+    try:
+        return here.recv()
+    except EOFError:
+        raise RuntimeError(f"the process of {work.__name__} that was to be measured failed") from None
+    finally:
+        process.join()
+
+
+def _sent(answer: Any, work: Callable[..., Any], given: tuple) -> None:
+    with quiet():
+        answer.send(work(*given))
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Keep bars and summaries of what is measured out of the table."""
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        yield

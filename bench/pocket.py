@@ -1,7 +1,6 @@
 """The pocket model over drawn scenes, set up once for all rows that are about it."""
 
 import contextlib
-import io
 import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from transformers import Qwen2_5_VLForConditionalGeneration
 
 import store
 from bench.config import BenchConfig
+from bench.measure import quiet
 from extract.config import ExtractConfig
 from extract.loading import Loaders, planned_of, prepare, rows_at
 from extract.pipeline import Clock, Extractor, batches_of
@@ -102,10 +102,3 @@ def make_random(folder: Path) -> Path:
     model = Qwen2_5_VLForConditionalGeneration(build_config(processor.tokenizer))
     model.to(torch.bfloat16).save_pretrained(folder)
     return folder
-
-
-@contextlib.contextmanager
-def quiet() -> Iterator[None]:
-    """Keep bars and summaries of what is measured out of the table."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield

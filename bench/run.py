@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import capture, extraction, gpu, machine, proxies, report, storing
+from bench import capture, extraction, gpu, machine, paper, report, storing, sweeping
 from bench.config import BenchConfig
 from bench.measure import Row, Turns
 from bench.pocket import set_up
@@ -19,13 +19,17 @@ from store.errors import Refusal
 
 def bench(config: BenchConfig) -> None:
     """Measure every row, print the table and append it to the history; see `BenchConfig`."""
-    sizes, repeats = config.sizes, config.sizes.repeats if config.repeats is None else config.repeats
+    sizes = config.paper_sizes if config.paper else config.sizes
+    repeats = sizes.repeats if config.repeats is None else config.repeats
     if repeats < 1 or config.threads < 1:
         raise Refusal(f"--repeats {repeats} and --threads {config.threads} must be 1 or more")
     torch.set_num_threads(config.threads)
     load, began = machine.Load(), datetime.now(UTC)
     with TemporaryDirectory(dir=config.scratch, prefix="bench-") as folder:
-        rows, weights = measure(config, Turns(repeats, sizes.least_seconds), Path(folder))
+        if config.paper:
+            rows, weights = paper.measure(config.paper_sizes, repeats, config.threads, Path(folder)), "no"
+        else:
+            rows, weights = measure(config, Turns(repeats, config.sizes.least_seconds), Path(folder))
     others = load.others()
     loaded = f"loaded machine: others used {others} cores" if others is not None and others > machine.BUSY else ""
     described = machine.describe()
@@ -34,7 +38,13 @@ def bench(config: BenchConfig) -> None:
         "slug": machine.slug(described),
         "machine": described,
         "commit": machine.commit(),
-        "settings": {"quick": config.quick, "threads": config.threads, **asdict(sizes), "repeats": repeats},
+        "settings": {
+            "quick": config.quick,
+            "paper": config.paper,
+            "threads": config.threads,
+            **asdict(sizes),
+            "repeats": repeats,
+        },
         "weights": weights,
         "others_cores": others,
         "note": "; ".join(filter(None, (config.note, "quick: no speeds" if config.quick else "", loaded))),
@@ -62,7 +72,8 @@ def measure(config: BenchConfig, turns: Turns, scratch: Path) -> tuple[list[Row]
     with set_up(config, scratch, sizes.samples) as pocket:
         rows += capture.measure(pocket, turns)
     say("proxies")
-    rows += proxies.measure(pocket.config.store, sizes, turns)
+    with set_up(config, scratch, sizes.swept) as swept:
+        rows += sweeping.measure(swept.config, sizes, turns, scratch)
     say("store, pocket states")
     values = storing.read_back(pocket.config.store, scratch / "pocket-values")
     rows += storing.measure(values, "pocket states", sizes, sizes.epochs, turns, scratch)

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 ROOT = Path(__file__).parent.parent
-FEW = {"capture": 4, "extraction": 11, "GPU, 7B shapes": 7, "proxies": 1}
+FEW = {"capture": 4, "extraction": 11, "GPU, 7B shapes": 7, "proxies": 6}
 """Rows of the parts that are not about the store."""
 
 
@@ -58,6 +58,34 @@ def test_a_quick_run_prints_every_row_and_keeps_it_as_data(ran):
         else:
             assert 0 < row["low"] <= row["ratio"] <= row["high"] < np.inf
     assert "MISSED" not in printed, "a quick run says nothing about speed"
+
+
+def test_a_sweep_is_measured_beside_one_by_one_and_beside_the_vlm(quick):
+    rows = [row for row in quick if row["part"] == "proxies"]
+    # A probe, a permuted one and a control task for each of 14 layers.
+    assert {(row["name"], row["baseline"], row["goal"]) for row in rows[:3]} == {
+        ("sweep of 42 probes, steps of a probe", "plain PyTorch, one by one", 8.0),
+        ("sweep of 42 probes, steps of a probe", "our code, one by one", None),
+        ("sweep of 42 probes, steps of a probe", "VLM again for each batch", 50.0),
+    }
+    assert [row["unit"] for row in rows[3:]] == ["MB/s", "ms", "MB"]
+    assert rows[4]["ratio"] < 1, "it waits for longer than it trains"
+
+
+def test_the_papers_sizes_are_measured_in_a_run_of_their_own(bench, tmp_path):
+    with contextlib.redirect_stdout(io.StringIO()) as printed:
+        bench.run.bench(bench.config.BenchConfig(quick=True, paper=True, history=tmp_path))
+    (path,) = tmp_path.iterdir()
+    (record,) = json.loads(path.read_text())
+    assert record["settings"]["paper"] and {row["part"].rsplit(", ", 1)[0] for row in record["rows"]} == {
+        "proxies, paper sizes"
+    }
+    measured = [row for row in record["rows"] if row["ratio"] is not None]
+    assert [row["unit"] for row in measured] == ["steps/s"] * 3 + ["GB"] * 2
+    assert all(row["value"] > 0 and row["baseline_value"] > 0 for row in measured)
+    assert "3 layers at once" in printed.getvalue()
+    absent = [row for row in record["rows"] if row["ratio"] is None]
+    assert all(row["part"].endswith("GPU") and row["note"] == "not measured: no GPU" for row in absent)
 
 
 @pytest.mark.parametrize("label", ["pocket states", "made-up states, 64 wide"])
@@ -173,5 +201,5 @@ def test_the_rows_of_a_gpu_are_measured_by_code_that_runs(bench):
 def test_help_teaches():
     done = subprocess.run([sys.executable, "-m", "bench", "--help"], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    for word in ("baseline", "--quick", "--no-history", "--threads"):
+    for word in ("baseline", "--quick", "--no-history", "--threads", "--paper"):
         assert word in done.stdout
