@@ -18,11 +18,12 @@ from bench.config import PaperSizes
 from bench.measure import Row, figure_row, in_process, missing_row, own_memory, pace_row
 from bench.reference import StatesFile, seconds_a_step
 from bench.training import NEVER, states_file, study_of, train
-from probes import memory
+from probes import malloc
 from probes.config import SweepConfig
 from probes.data import ALIGNED
 from probes.learn import Job
-from probes.sweep import BYTES_A_WEIGHT, GB, Study, waves, weights_of
+from probes.study import GB, Study
+from probes.wave import BYTES_A_WEIGHT, waves, weights_of
 from store import bits
 from store.synthetic import synthetic_plan
 
@@ -150,7 +151,7 @@ def free_memory() -> float:
 
 def _begin(config: SweepConfig) -> None:
     torch.set_num_threads(config.threads)
-    memory.keep()
+    malloc.keep_freed()
     # Where the free memory was misjudged, this process is to be killed, and no other.
     if (score := Path("/proc/self/oom_score_adj")).exists() and os.access(score, os.W_OK):
         score.write_text("1000")
@@ -172,7 +173,7 @@ def _ours(config: SweepConfig, steps: int, only: int | None) -> Took:
             raise RuntimeError(f"{free_memory() / 1e9:.1f} GB are free: one proxy of this size does not fit")
         room = (min(fit, total) + 0.5) * weights_of(study, jobs[0]) * BYTES_A_WEIGHT / GB
         study = replace(study, config=replace(study.config, memory=room))
-    parts = list(waves(study, jobs))
+    parts = [part for part, _ in waves(study, jobs)]
     took = train(study, parts[0], steps)
     note = f"{len(parts[0])} of {total} layers at once, {len(parts)} waves" if len(parts) > 1 else ""
     if only is None and not note:

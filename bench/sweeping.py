@@ -23,7 +23,7 @@ from extract.config import ExtractConfig
 from extract.pipeline import Clock
 from extract.run import begin, make_extractor
 from extract.workers import Rank
-from probes import memory
+from probes import malloc
 from probes.config import SweepConfig
 
 PART = "proxies"
@@ -88,7 +88,7 @@ def open_pocket(asked: ExtractConfig) -> Iterator[Pocket]:
 
 def _timed(config: SweepConfig, asked: ExtractConfig, epochs: int, turns: Turns, path: Path) -> list[Row]:
     torch.set_num_threads(config.threads)
-    memory.keep()
+    malloc.keep_freed()
     study, jobs = study_of(config)
     opened, steps, count = study.store, whole_epochs(study, epochs), len(jobs)
     middle = len(opened.layers) // 2

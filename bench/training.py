@@ -15,13 +15,14 @@ import torch
 import store
 from bench import reference
 from bench.measure import own_memory
-from probes import memory
+from probes import malloc
 from probes.config import SweepConfig
 from probes.data import Told
 from probes.learn import Job
 from probes.specs import specs
-from probes.sweep import Study, Wave, make_study, settled
+from probes.study import Study, make_study, settled
 from probes.targets import unit_boxes
+from probes.wave import Wave
 
 NEVER = 10**9
 """Steps between points of the error curve, and minutes between checkpoints: what is timed is training."""
@@ -74,7 +75,7 @@ class Trained:
 def train(study: Study, jobs: Sequence[Job], steps: int) -> Trained:
     """Train jobs as one wave, from untrained ones, for ``steps`` after one that is not counted."""
     ticks = Ticks(steps + 1)
-    wave = Wave(study, jobs, ticks)  # type: ignore[arg-type]
+    wave = Wave(study, jobs, None, ticks)  # type: ignore[arg-type]
     ticks.told = wave.feed.told
     with contextlib.suppress(Enough):
         wave.train()
@@ -116,7 +117,7 @@ def whole_epochs(study: Study, epochs: int) -> int:
 def peak_of_training(config: SweepConfig, epochs: int, several: bool) -> tuple[int, int]:
     """Most bytes of this process while it trains all probes or, without ``several``, one; and what it had before."""
     torch.set_num_threads(config.threads)
-    memory.keep()
+    malloc.keep_freed()
     study, jobs = study_of(config)
     before = own_memory("VmRSS")
     train(study, jobs if several else jobs[:1], whole_epochs(study, epochs))

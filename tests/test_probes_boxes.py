@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from probes import boxes
-from probes.config import ProbeConfig
+from probes.config import Recipe
 from probes.learn import learning_rate
 
 coordinate = st.floats(0, 1, width=32)
@@ -142,7 +142,7 @@ def test_the_gradient_pulls_boxes_together_even_when_they_are_apart():
 
 
 def test_the_learning_rate_rises_then_falls_along_a_cosine_to_thirty_percent():
-    config = ProbeConfig("unused", lr=2.0, steps=301, warm_up=100)
+    config = Recipe("unused", lr=2.0, steps=301, warm_up=100)
     rates = [learning_rate(step, config) for step in range(config.steps)]
     assert rates[0] == pytest.approx(0.02)
     assert rates[99] == rates[100] == pytest.approx(2.0)
