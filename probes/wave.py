@@ -188,16 +188,9 @@ class Wave:
             if not inside.any():
                 continue
             true = torch.from_numpy(labels[samples][inside])
+            common = {"probe": job.spec.name, "seed": job.seed, "step": step, "n": int(inside.sum())}
             points += [
-                {
-                    "probe": job.spec.name,
-                    "seed": job.seed,
-                    "step": step,
-                    "metric": metric,
-                    "value": value,
-                    "n": int(inside.sum()),
-                }
-                for metric, value in errors(target, raw[inside], true)
+                common | {"metric": metric, "value": value} for metric, value in errors(target, raw[inside], true)
             ]
         self.curves += points
         self.show(points)
@@ -227,9 +220,10 @@ class Wave:
         curves = pl.DataFrame(self.curves, schema=CURVES)
         for stack in self.stacks:
             for p, job in enumerate(stack.jobs):
-                parts = [part for part in answers if part == "test" or job.spec.role == "codelength"]
                 predictions = pl.concat(
-                    [predicted(self.study, job, *answers[part][:1], answers[part][1][job], part) for part in parts]
+                    predicted(self.study, job, samples, of_part[job], part)
+                    for part, (samples, of_part) in answers.items()
+                    if part == "test" or job.spec.role == "codelength"
                 )
                 curve = curves.filter(probe=job.spec.name, seed=job.seed)
                 making = provenance.making(self.study, job)
