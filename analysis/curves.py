@@ -93,7 +93,7 @@ def title(run: Run, final: pl.DataFrame, answer: dict[str, Any]) -> str:
         best = final.filter(pl.col("role") == "layer").sort("value").row(-1, named=True)
         return f"Of the layers trained, {named(best['layer'])} is read best: {metric} {best['value']:.2f}"
     values = dict(final.select("probe", "value").iter_rows())
-    floors = set(run.about.filter(pl.col("role") == "layer")["probe"]) - {"layer-embed"}
+    floors = set(run.about.filter(pl.col("role") == "layer", pl.col("layer") != "embed")["probe"])
     against = [row for row in answer["differences"] if row["b"] in floors]
     nearest = min(against, key=lambda row: row["difference"])
     names = called(run.results)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from probes.specs import ORDINARY
+from probes.specs import ORDINARY, seen
 from probes.stacked import View
 from store.errors import Refusal
 from store.plan import hash_json
@@ -43,7 +43,7 @@ class Split:
 
     def shared(self, share: float) -> np.ndarray:
         """The train samples that a probe of this share sees, at least two."""
-        return self.train[: max(2, round(share * len(self.train)))]
+        return self.train[: seen(share, len(self.train))]
 
     def coded(self, share: float) -> np.ndarray:
         """The train samples behind those of a share, as many again: what its probe codes."""

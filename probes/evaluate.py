@@ -53,7 +53,7 @@ def read_run(out: Path) -> Run:
     paths = {name: Path(out) / f"{name}.parquet" for name in Run._fields}
     missing = [path.name for path in paths.values() if not path.exists()]
     if missing:
-        raise Refusal(f"{out} lacks {', '.join(missing)}: run `python -m probes train --out {out}` to its end first")
+        raise Refusal(f"{out} lacks {', '.join(missing)}: run `python -m probes sweep --out {out}` to its end first")
     return Run(*map(pl.read_parquet, paths.values()))
 
 

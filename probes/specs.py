@@ -126,6 +126,11 @@ def left_out(config: SweepConfig, layers: Sequence[str], text_tokens: int) -> It
         )
 
 
+def seen(share: float, samples: int) -> int:
+    """How many of so many train samples a probe of a share sees, at least two."""
+    return max(2, round(share * samples))
+
+
 def specs(config: SweepConfig, layers: Sequence[str], controls: Sequence[str], text_tokens: int) -> list[Spec]:
     """All probes of a sweep over a store that holds ``layers``, beside which the ``controls`` stores are given.
 

@@ -3,6 +3,7 @@
 Shape suffixes: ``p`` probe, ``m`` metric, ``s`` seed, ``n`` image, ``r`` draw.
 """
 
+import itertools
 import math
 import re
 from collections.abc import Iterator, Mapping
@@ -15,6 +16,7 @@ from probes import panel as arrays
 from probes import statistics
 from probes.comparisons import comparisons
 from probes.panel import Panel
+from probes.specs import seen
 
 ABOUT = {
     "probe": pl.String,
@@ -188,7 +190,7 @@ def codelengths(predictions: pl.DataFrame, about: pl.DataFrame) -> Iterator[dict
             first = of_layer.filter(pl.col("probe").is_in(probes))["share"].min()
             own_sn = online_bits(each, probes)
             sent = int((~np.isnan(own_sn[0])).sum())
-            before = round(sent * first / (1 - first))
+            before = next(n for n in itertools.count(2) if seen(first, n + sent) == n)
             whole = before + sent
             per_label = math.log2(classes(each.target, predictions, about))
             mean, low, high = (before * per_label + sent * x for x in statistics.interval(own_sn, each.clusters_n))

@@ -19,7 +19,7 @@ coordinate = st.floats(0, 1, width=32)
 def box(draw):
     """Corners of a box of at least a hundredth of the image each way."""
     ends = [sorted((draw(coordinate), draw(coordinate))) for _ in range(2)]
-    (x1, x2), (y1, y2) = [(low, max(high, low + 0.01)) for low, high in ends]
+    (x1, x2), (y1, y2) = [(min(low, 0.99), max(high, min(low, 0.99) + 0.01)) for low, high in ends]
     return np.array([x1, y1, x2, y2], np.float64)
 
 
