@@ -174,7 +174,8 @@ class EvaluateConfig:
     out: Path = Path("runs/probes")
     """Folder that `python -m probes sweep` or `train` wrote."""
     on: tuple[str, ...] = ()
-    """NAME=STORE: stores that the probes are asked about as they are, without training; kept in the folder."""
+    """NAME=STORE: stores that the probes are asked about as they are, without training; kept in the folder. A control
+    store of the same samples joins the ordinary one under the same NAME, given after it."""
     json: bool = False
     """Print one JSON object instead of the table."""
 

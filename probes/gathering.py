@@ -114,7 +114,13 @@ def gather(out: Path) -> dict[Path, int]:
     folders = [trained.folder_of(out, job) for job in jobs]
     asked = [floors.drop("target")]
     asked += [pl.read_parquet(folder / trained.PREDICTIONS) for folder in folders]
-    asked += [pl.read_parquet(out / DATA / f"{name}.parquet") for name in shifts(out)]
+    # Beside a name's own table those of its control stores, NAME+CONTROL.
+    asked += [
+        pl.read_parquet(path)
+        for name in shifts(out)
+        for path in sorted((out / DATA).glob(f"{name}*.parquet"))
+        if path.stem.split("+")[0] == name
+    ]
     made: dict[str, Any] = {"about": about(jobs, floors), "predictions": joined(asked)}
     curves = pl.concat([pl.read_parquet(folder / trained.CURVE) for folder in folders])
     samples = {name: pl.read_parquet(out / DATA / f"{name}-samples.parquet") for name in (HELD_OUT, *shifts(out))}

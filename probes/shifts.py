@@ -42,8 +42,9 @@ def asked(on: str) -> tuple[str, str]:
 def ask(out: Path, on: str) -> None:
     """Let the probes of a run answer for another store, and keep their answers and its samples in the run's folder.
 
-    Asked are probes that were taught true answers from the ordinary store. Samples of the store that probes were
-    trained on are left out.
+    Asked are probes that were taught true or permuted answers. A control store (random weights, shuffled pictures) is
+    asked of the probes of that control, and joins the ordinary store of its name, whose samples it must hold. Samples
+    that probes were trained on are left out.
 
     Raises
     ------
@@ -52,23 +53,30 @@ def ask(out: Path, on: str) -> None:
     """
     name, place = asked(on)
     opened = store.open(place)
+    control = opened.identity.get("control", {}).get("name", ORDINARY)
     jobs = [
         job
         for job in gathering.jobs_of(out)
-        if job.spec.labels == "true" and job.spec.source == ORDINARY and job.spec.role != "codelength"
+        if job.spec.source == control and job.spec.labels != "control" and job.spec.role != "codelength"
     ]
     if not jobs:
-        raise Refusal(f"{out} holds no probe that was taught true answers: nothing can be asked about {place}")
+        raise Refusal(f"{out} holds no probe of {control} states with true answers: nothing can be asked about {place}")
     folders = {job: trained.folder_of(out, job) for job in jobs}
     making = {job: trained.read_job(folder)[1] for job, folder in folders.items()}
     first = making[jobs[0]]
-    missing = [layer for layer in layers_of(jobs, ORDINARY, opened.layers) if layer not in opened.layers]
-    missing += [layer for job in jobs for layer in job.spec.layers if layer not in opened.layers]
+    missing = [layer for job in jobs for layer in job.spec.layers if layer not in opened.layers]
     if missing:
         raise Refusal(f"{place} lacks layers {', '.join(dict.fromkeys(missing))} that probes of {out} read")
     if opened.plan.width != first["width"]:
         raise Refusal(f"states of {place} are {opened.plan.width} wide; the probes of {out} read {first['width']}")
     source, table = Source(opened, opened), opened.samples
+    known_as = out / gathering.DATA / f"{name}-samples.parquet"
+    if control != ORDINARY and not (
+        known_as.exists() and pl.read_parquet(known_as)["sample_id"].equals(table["sample_id"], check_names=False)
+    ):
+        raise Refusal(
+            f"--on {on}: {place} is a control; first give {name}=STORE with the ordinary store of its samples"
+        )
     known = {job.spec.target: targets.make(job.spec.target, table, making[job]["target"]) for job in jobs}
     usable = source.usable_s & ~table["sample_id"].is_in(trained_on(out).to_list()).to_numpy()
     for target in known.values():
@@ -85,8 +93,22 @@ def ask(out: Path, on: str) -> None:
     for job, raw in answers.items():
         target = known[job.spec.target]
         frames.append(frame(job, table, samples, target.answers(raw, target.labels[samples]), data=name))
-    gathering.write(out / gathering.DATA / f"{name}.parquet", joined(frames))
-    gathering.write(out / gathering.DATA / f"{name}-samples.parquet", gathering.plain(table))
+    if control != ORDINARY:
+        gathering.write(out / gathering.DATA / f"{name}+{control}.parquet", joined(frames))
+        return
+    gathering.write(out / gathering.DATA / f"{name}.parquet", joined([*frames, *floors_for(out, table, samples, name)]))
+    gathering.write(known_as, gathering.plain(table))
+
+
+def floors_for(out: Path, table: pl.DataFrame, samples: np.ndarray, name: str) -> Iterator[pl.DataFrame]:
+    """The same boxes that the floors without training say of the run's own test split."""
+    true_s4, known_s = targets.unit_boxes(table)
+    floors = pl.read_parquet(out / gathering.FLOORS).filter(target="box")
+    if not floors.is_empty() and known_s[samples].all():
+        for row in floors.unique("probe", keep="first", maintain_order=True).iter_rows(named=True):
+            answers = {side: np.full(len(samples), row[side]) for side in targets.BOX}
+            answers |= {f"true_{side}": true_s4[samples, i] for i, side in enumerate(targets.BOX)}
+            yield frame(gathering.floor_of(row["probe"], "box"), table, samples, answers, data=name)
 
 
 def portions(jobs: Sequence[Job], folders: dict[Job, Path]) -> Iterator[list[Job]]:
@@ -121,7 +143,8 @@ def answers_for(
     jobs: Sequence[Job], making: dict[Job, dict], folders: dict[Job, Path], source: Source, samples: np.ndarray
 ) -> dict[Job, torch.Tensor]:
     """Raw outputs (n, o) of trained probes, each state read once."""
-    feed = Feed({ORDINARY: source}, {ORDINARY: layers_of(jobs, ORDINARY, source.store.layers)}, tokens_of(jobs))
+    of = jobs[0].spec.source
+    feed = Feed({of: source}, {of: layers_of(jobs, of, source.store.layers)}, tokens_of(jobs))
     stacks = []
     for part in learn.stacks_of(jobs, AT_ONCE):
         spec, told = part[0].spec, making[part[0]]
@@ -142,7 +165,7 @@ def answers_for(
             views = Views(feed, read, "cpu", torch.float32)
             for part, groups, model in stacks:
                 spec = part[0].spec
-                raw_pbo = model(views.view(ORDINARY, spec.tokens, groups, spec.keys))
+                raw_pbo = model(views.view(of, spec.tokens, groups, spec.keys))
                 for job, raw_bo in zip(part, raw_pbo, strict=True):
                     found[job].append(raw_bo)
             bar.update(len(read.samples))
