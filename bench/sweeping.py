@@ -5,6 +5,7 @@ that is measured after it faster. What is measured beside it has the same from i
 """
 
 import contextlib
+import os
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -46,7 +47,8 @@ def measure(asked: ExtractConfig, sizes: Sizes, turns: Turns, scratch: Path) -> 
         watch=1,
         watch_every=NEVER,
         checkpoint=NEVER,
-        threads=asked.threads,
+        # All that train here have the whole machine, as a researcher's run has.
+        threads=len(os.sched_getaffinity(0)),
         device="cpu",
     )
     rows = in_process(_timed, config, asked, sizes.epochs_trained, turns, scratch / "swept.bin")
@@ -133,7 +135,7 @@ def _timed(config: SweepConfig, asked: ExtractConfig, epochs: int, turns: Turns,
     seconds = Turns(turns.repeats, 0).take(contenders)
     found, read = found[1:], read[1:]
     name = f"sweep of {count} probes, steps of a probe"
-    note = f"memory map, DataLoader of {workers} workers; batches of {config.batch}"
+    note = f"products in {study.config.precision}, plain in float32; memory map, DataLoader of {workers} workers"
     again = seconds["forward"] + seconds["alone"]
     rows = [
         pace_row(

@@ -73,8 +73,8 @@ class Recipe:
     watch_every: int = 50
     """Steps between two points of the error curve."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
-    """What products are computed in; weights, sums and Adam are always float32. auto: bfloat16 on CUDA, else
-    float32."""
+    """What products are computed in; weights, sums and Adam are always float32. auto: bfloat16 on CUDA
+    and on CPUs that multiply it themselves (AVX-512 BF16), else float32."""
     memory: float | None = None
     """GB for weights and optimizer states of probes that are trained together; more probes than that take turns. Not
     given: 8, on CUDA 60 % of what is free."""

@@ -21,7 +21,7 @@ from probes.targets import Target
 FINAL_LR = 0.3
 """The cosine ends at this share of the peak learning rate [ABP §4.4]."""
 
-AT_ONCE = 24
+AT_ONCE = 28
 """Most probes of a stack on a CPU: more leave its caches, fewer leave it waiting for Python."""
 ANSWERED = 128
 """Samples that are answered at once."""

@@ -65,7 +65,8 @@ def settled(config: Recipe) -> Recipe:
     device = ("cuda" if cuda else "cpu") if config.device == "auto" else config.device
     precision = config.precision
     if precision == "auto":
-        precision = "bfloat16" if device == "cuda" else "float32"
+        native = device == "cuda" or torch.cpu._is_avx512_bf16_supported()
+        precision = "bfloat16" if native else "float32"
     room = 8.0
     if device == "cuda" and config.memory is None:
         room = 0.6 * torch.cuda.mem_get_info()[0] / GB

@@ -25,6 +25,9 @@ from probes.study import GB, Study
 from probes.targets import Target
 from store.errors import Refusal
 
+WORTH_SHARING = 2**18
+"""Entries of a key projection from which on several threads make its products faster: 2 took twice the time of 1 at the
+pocket's 2**12, and threads that wait spin."""
 BYTES_A_WEIGHT = 16
 """A weight, its gradient, and Adam's two means."""
 
@@ -97,10 +100,11 @@ class Wave:
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[ThreadPoolExecutor]:
-        """Stacks take a thread each; where there are fewer stacks than threads, torch has the others."""
+        """Stacks take a thread each; where there are fewer stacks than threads, torch has the others if that pays."""
         workers = min(self.config.threads, len(self.stacks)) if self.study.device == "cpu" else 1
         before = torch.get_num_threads()
-        torch.set_num_threads(max(1, self.config.threads // workers))
+        large = self.config.width * self.study.store.plan.width >= WORTH_SHARING
+        torch.set_num_threads(max(1, self.config.threads // workers) if large else 1)
         with ThreadPoolExecutor(workers, thread_name_prefix="stacks") as pool:
             try:
                 yield pool

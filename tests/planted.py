@@ -8,7 +8,19 @@ from store.bits import from_float32
 
 LAYERS = ("embed", "0", "1", "2", "final")
 PLANTED = "1"
-SMALL = dict(width=16, heads=2, depth=2, queries=3, batch=16, steps=4, warm_up=2, l1_steps=2, watch=8, threads=1)
+SMALL = dict(
+    width=16,
+    heads=2,
+    depth=2,
+    queries=3,
+    batch=16,
+    steps=4,
+    warm_up=2,
+    l1_steps=2,
+    watch=8,
+    threads=1,
+    precision="float32",
+)
 """A short training."""
 
 

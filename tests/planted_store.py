@@ -16,7 +16,7 @@ WORDS = ("cube", "ball", "cone", "ring")
 CORNERS = ("x1", "y1", "x2", "y2")
 
 QUICK = dict(width=16, heads=2, depth=1, queries=2, lr=5e-3, batch=16, steps=12, warm_up=2, l1_steps=4)
-QUICK |= dict(watch=16, watch_every=6, seeds=(0, 1), threads=1)
+QUICK |= dict(watch=16, watch_every=6, seeds=(0, 1), threads=1, precision="float32")
 """Settings of a run in which nothing is learned, but everything happens."""
 
 
