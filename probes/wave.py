@@ -25,9 +25,9 @@ from probes.study import GB, Study
 from probes.targets import Target
 from store.errors import Refusal
 
-WORTH_SHARING = 2**18
-"""Entries of a key projection from which on several threads make its products faster: 2 took twice the time of 1 at the
-pocket's 2**12, and threads that wait spin."""
+LARGE = 2**18
+"""Entries of a key projection from which on a probe is large for a CPU: stacks of one on all threads are twice as fast
+as stacks of six at the paper's 2**21; at the pocket's 2**12 a second thread takes twice the time of one."""
 BYTES_A_WEIGHT = 16
 """A weight, its gradient, and Adam's two means."""
 
@@ -92,19 +92,26 @@ class Wave:
             for stack in self.stacks:
                 stack.restore(stand.state_of(stack.jobs))
 
+    @property
+    def _large(self) -> bool:
+        """Whether one probe alone gives a CPU enough to do, and fills its caches."""
+        return self.config.width * self.study.store.plan.width >= LARGE
+
     def _most(self) -> int:
         if self.study.device != "cpu":
             return 128
+        if self._large:
+            return 1
         # Every thread should have as much to do as the others.
         return max(1, min(AT_ONCE, -(-len(self.jobs) // self.config.threads)))
 
     @contextlib.contextmanager
     def _threads(self) -> Iterator[ThreadPoolExecutor]:
-        """Stacks take a thread each; where there are fewer stacks than threads, torch has the others if that pays."""
-        workers = min(self.config.threads, len(self.stacks)) if self.study.device == "cpu" else 1
+        """Small stacks take a thread each; large ones go one after the other, on all threads that torch may have."""
+        cpu = self.study.device == "cpu"
+        workers = min(self.config.threads, len(self.stacks)) if cpu and not self._large else 1
         before = torch.get_num_threads()
-        large = self.config.width * self.study.store.plan.width >= WORTH_SHARING
-        torch.set_num_threads(max(1, self.config.threads // workers) if large else 1)
+        torch.set_num_threads(self.config.threads if self._large else 1)
         with ThreadPoolExecutor(workers, thread_name_prefix="stacks") as pool:
             try:
                 yield pool
