@@ -46,20 +46,24 @@ FIRST := --parts layers prompt floors control-task matched
 probe: setup ## Train a probe per layer, with floors and a control task, in one sweep over the store
 	$(RUN) -m probes sweep --store $(STORE_READ) --out $(PROBES) $(or $(ARGS),$(FIRST))
 
+FRESH := --preset pocket --data data/fresh --limit 1200 --held-out 0.999 --no-vlm-boxes
+
 controls: setup ## The control stores of the pocket data, and fresh scenes that no probe has seen
 	$(RUN) -m extract --preset pocket --control random-weights
 	$(RUN) -m extract --preset pocket --control shuffled-images
 	$(RUN) -m extract.scenes --out data/fresh --samples 2600 --seed 77 --difficulty hard
-	$(RUN) -m extract --preset pocket --data data/fresh --store data/fresh.zarr --limit 1200 --no-vlm-boxes
-	$(RUN) -m extract --preset pocket --data data/fresh --store data/paraphrased.zarr --limit 1200 --no-vlm-boxes --prompt 1
+	$(RUN) -m extract $(FRESH) --store data/fresh.zarr
+	$(RUN) -m extract $(FRESH) --store data/paraphrased.zarr --prompt 1
+	$(RUN) -m extract $(FRESH) --store data/fresh-random-weights.zarr --control random-weights
+	$(RUN) -m extract $(FRESH) --store data/fresh-shuffled-images.zarr --control shuffled-images
 	$(RUN) -m extract.scenes --out data/medium --samples 1600 --seed 78 --difficulty medium
 	$(RUN) -m extract --preset pocket --data data/medium --store data/medium.zarr --limit 600 --no-vlm-boxes
 
 referee: controls ## Everything of science's list: every control, then the finished probes on fresh scenes
 	$(RUN) -m probes sweep --store $(STORE_READ) --out $(PROBES) --random-weights data/store-random-weights.zarr \
 		--shuffled-images data/store-shuffled-images.zarr $(ARGS)
-	$(RUN) -m probes evaluate --out $(PROBES) --on fresh=data/fresh.zarr paraphrased=data/paraphrased.zarr \
-		medium=data/medium.zarr
+	$(RUN) -m probes evaluate --out $(PROBES) --on fresh=data/fresh.zarr fresh=data/fresh-random-weights.zarr \
+		fresh=data/fresh-shuffled-images.zarr paraphrased=data/paraphrased.zarr medium=data/medium.zarr
 
 figures: setup ## Draw the localization curves
 	$(RUN) -m analysis curves --probes $(PROBES) --out $(FIGURES)
