@@ -43,6 +43,7 @@ def quick(ran):
     return record["rows"]
 
 
+@pytest.mark.slow
 def test_a_quick_run_prints_every_row_and_keeps_it_as_data(ran):
     printed, path = ran
     (record,) = json.loads(path.read_text())
@@ -60,6 +61,7 @@ def test_a_quick_run_prints_every_row_and_keeps_it_as_data(ran):
     assert "MISSED" not in printed, "a quick run says nothing about speed"
 
 
+@pytest.mark.slow
 def test_a_sweep_is_measured_beside_one_by_one_and_beside_the_vlm(quick):
     rows = [row for row in quick if row["part"] == "proxies"]
     # A probe, a permuted one and a control task for each of 14 layers.
@@ -72,6 +74,7 @@ def test_a_sweep_is_measured_beside_one_by_one_and_beside_the_vlm(quick):
     assert rows[4]["ratio"] < 1, "it waits for longer than it trains"
 
 
+@pytest.mark.slow
 def test_the_papers_sizes_are_measured_in_a_run_of_their_own(bench, tmp_path):
     with contextlib.redirect_stdout(io.StringIO()) as printed:
         bench.run.bench(bench.config.BenchConfig(quick=True, paper=True, history=tmp_path))
@@ -89,6 +92,7 @@ def test_the_papers_sizes_are_measured_in_a_run_of_their_own(bench, tmp_path):
 
 
 @pytest.mark.parametrize("label", ["pocket states", "made-up states, 64 wide"])
+@pytest.mark.slow
 def test_the_store_is_measured_beside_every_rival(bench, quick, label):
     parts = {}
     for row in quick:

@@ -166,6 +166,7 @@ attend(AttendConfig(sys.argv[1], sys.argv[2], batch=4))
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_nothing_is_seen_and_the_same_command_completes_it(proxies, place):
     before = xr.open_datatree(place)
     given = [sys.executable, "-c", KILLED, proxies["layer"], place, "17"]
