@@ -322,7 +322,7 @@ def test_evaluate_prints_one_json_object_after_it_asked_about_other_data(run, tm
     evaluate(EvaluateConfig(run.out, on=(f"fresh={fresh}",), json=True))
     told = json.loads(capsys.readouterr().out)
     assert {row["data"] for row in told["probes"]} == {"held-out", "fresh"}
-    assert len(told["probes"]) == 2 * 2 + 2
+    assert len(told["probes"]) == 2 * (2 + 2)
     assert np.isfinite([row["iou"] for row in told["probes"]]).all()
     assert set(pl.read_parquet(run.out / "predictions.parquet")["data"]) == {"held-out", "fresh"}
     assert set(LAYERS) > {row["layer"] for row in told["probes"] if row["role"] == "layer"}

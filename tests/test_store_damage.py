@@ -93,10 +93,12 @@ def check(whole, folder, damages):
     report = store.verify(path)
     assert not report.ok, damages
     said = "\n".join(report.problems)
-    # Without a plan nothing else can be told, and without its commit nothing of a block.
+    # Without a plan or a root nothing else can be told, and without its commit nothing of a block.
+    rootless = [name for name, damage, _ in damages if name == "zarr.json" and damage == "it is gone"]
     told = [name for name in blocks if name == "record/plan.json"] or [
         name for name in blocks if name.startswith("record/commits/") or not blocks[name] or blocks[name] - in_logs
     ]
+    told = rootless or told
     for name in told:
         # Of a log that lost whole lines, its blocks are named: there is nothing else that could be.
         log = name.startswith("record/commits/") and "not committed" in said
