@@ -17,7 +17,7 @@ import store
 from bench.config import PaperSizes
 from bench.measure import Row, figure_row, in_process, missing_row, own_memory, pace_row
 from bench.reference import StatesFile, seconds_a_step
-from bench.training import NEVER, states_file, study_of, train
+from bench.training import ONLY_TRAINING, states_file, study_of, train
 from probes import malloc
 from probes.config import SweepConfig
 from probes.data import ALIGNED
@@ -57,10 +57,7 @@ def measure(sizes: PaperSizes, repeats: int, threads: int, scratch: Path) -> lis
         seeds=(0,),
         preset=sizes.preset,
         batch=sizes.batch,
-        l1_steps=0,
-        watch=1,
-        watch_every=NEVER,
-        checkpoint=NEVER,
+        **ONLY_TRAINING,
         threads=threads,
     )
     study, _ = study_of(config)

@@ -19,7 +19,7 @@ from bench import reference
 from bench.config import Sizes
 from bench.measure import Row, Turns, figure_row, in_process, pace_row, rate_row, time_row
 from bench.pocket import Pocket
-from bench.training import NEVER, Trained, peak_of_training, states_file, study_of, train, whole_epochs
+from bench.training import ONLY_TRAINING, Trained, peak_of_training, states_file, study_of, train, whole_epochs
 from extract.config import ExtractConfig
 from extract.pipeline import Clock
 from extract.run import begin, make_extractor
@@ -43,10 +43,7 @@ def measure(asked: ExtractConfig, sizes: Sizes, turns: Turns, scratch: Path) -> 
         seeds=sizes.seeds,
         depth=sizes.proxy_depth,
         batch=sizes.batch,
-        l1_steps=0,
-        watch=1,
-        watch_every=NEVER,
-        checkpoint=NEVER,
+        **ONLY_TRAINING,
         # All that train here have the whole machine, as a researcher's run has.
         threads=len(os.sched_getaffinity(0)),
         device="cpu",

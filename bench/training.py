@@ -8,6 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -25,7 +26,9 @@ from probes.targets import unit_boxes
 from probes.wave import Wave
 
 NEVER = 10**9
-"""Steps between points of the error curve, and minutes between checkpoints: what is timed is training."""
+"""Steps between points of the error curve, and minutes between checkpoints."""
+ONLY_TRAINING: dict[str, Any] = dict(l1_steps=0, watch=1, watch_every=NEVER, checkpoint=NEVER)
+"""Settings of a sweep that is timed: what is timed is training, with the whole loss from the first step."""
 
 
 class Enough(Exception):  # noqa: N818 - nothing went wrong
