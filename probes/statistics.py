@@ -176,13 +176,6 @@ def interval(values_sn: np.ndarray, clusters_n: np.ndarray | None = None) -> tup
     return float(means(values_1sn)[0]), float(low_1[0]), float(high_1[0])
 
 
-def paired_difference(
-    a_sn: np.ndarray, b_sn: np.ndarray, clusters_n: np.ndarray | None = None
-) -> tuple[float, float, float]:
-    """Mean of ``a − b`` over the same seeds and images, with its 95 % interval: (mean, low, high)."""
-    return interval(a_sn - b_sn, clusters_n)
-
-
 def sign_flip(
     differences_kn: np.ndarray, clusters_n: np.ndarray | None = None, flips: int = FLIPS, seed: int = 0
 ) -> np.ndarray:
