@@ -3,6 +3,20 @@
 from dataclasses import dataclass
 from pathlib import Path
 
+from store.errors import Refusal
+
+
+@dataclass(frozen=True)
+class Common:
+    """Where the store is and where results go."""
+
+    store: str
+    """Store that is asked."""
+    out: Path = Path("runs/analysis")
+    """Folder of the answer, its tables (parquet) and its figures (PNG, SVG, the drawn numbers, the command)."""
+    seed: int = 0
+    """Seed of all that is drawn: bootstraps, subsamples, random layers, tokens and heads."""
+
 
 @dataclass(frozen=True)
 class CurvesConfig:
@@ -15,3 +29,29 @@ class CurvesConfig:
     """Folder of a finished probe run."""
     out: Path = Path("figures")
     """Folder of the figure."""
+
+
+@dataclass(frozen=True)
+class Attended(Common):
+    """A store into which `python -m probes attend` has written a proxy's attention."""
+
+    attention: str | None = None
+    """Derived array that is read; the proxy of true labels that reads the most layers, first seed, if not given. Its
+    other seeds, and its twins that were taught permuted labels, are found beside it."""
+    choose: str = "train"
+    """Split on which thresholds are chosen."""
+    report: str = "test"
+    """Split that answers are about."""
+    threshold: float | None = None
+    """T of decisive heads: mean mass of the first rank less that of the second. Not given: where the heads of the
+    choosing split part best into two groups (Otsu)."""
+    dask: str | None = None
+    """Dask cluster that reads the attention: tcp://scheduler:8786, or local:4 for four processes here. The results are
+    the same to the bit."""
+
+    def __post_init__(self):
+        """Refuse one split for both purposes, and thresholds that no drop can have."""
+        if self.choose == self.report:
+            raise Refusal(f"--choose and --report are both {self.choose}: a threshold is reported on another split")
+        if self.threshold is not None and not 0 <= self.threshold < 1:
+            raise Refusal(f"--threshold {self.threshold} is no use: mass is a share, give a number from 0 to below 1")

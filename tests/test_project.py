@@ -20,8 +20,13 @@ ALLOWED = {
     "analysis": {"store", "probes"},
     "edit": {"store", "probes", "extract"},
 }
-# One file may reach back, on demand: to answer for a picture at hand, a trained probe needs the single pass.
-REACHES_BACK = {"probes/trained.py": {"extract"}}
+# Three files may reach back, on demand: to answer for a picture at hand a trained probe needs the single pass; pictures
+# lie where extract finds them, and so do the norm and the head of a checkpoint.
+REACHES_BACK = {
+    "probes/trained.py": {"extract"},
+    "analysis/pictures.py": {"extract"},
+    "analysis/lens.py": {"extract"},
+}
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 
