@@ -41,7 +41,7 @@ verify repair inspect du: setup ## Check, mend or look at the store (STORE, ARGS
 	$(RUN) -m store $@ $(STORE_READ) $(ARGS)
 
 # What the first figure needs; all that a referee asks for takes several times as long.
-FIRST := --parts layers prompt floors control-task matched
+FIRST := --parts layers prompt joint floors control-task matched
 
 probe: setup ## Train a probe per layer, with floors and a control task, in one sweep over the store
 	$(RUN) -m probes sweep --store $(STORE_READ) --out $(PROBES) $(or $(ARGS),$(FIRST))

@@ -19,7 +19,7 @@ PRESETS: Mapping[str, Mapping[str, float]] = MappingProxyType(
     }
 )
 
-PARTS = ("layers", "prompt", "floors", "permuted", "control-task", "matched", "shares", "codelength")
+PARTS = ("layers", "prompt", "joint", "floors", "permuted", "control-task", "matched", "shares", "codelength")
 Kind = Literal["qformer", "linear", "mlp", "attention"]
 
 WHERE = frozenset({"store", "out", "preset", "seeds", "memory", "device", "threads", "checkpoint", "stack"})
@@ -127,11 +127,13 @@ class SweepConfig(Recipe):
     """
 
     parts: tuple[
-        Literal["layers", "prompt", "floors", "permuted", "control-task", "matched", "shares", "codelength"], ...
+        Literal["layers", "prompt", "joint", "floors", "permuted", "control-task", "matched", "shares", "codelength"],
+        ...,
     ] = PARTS
-    """What is trained: layers (a probe a layer), prompt (one on the prompt tokens of the middle layers together),
-    floors (words alone, picture alone), permuted (labels, every layer), control-task (a label drawn per type of input,
-    every layer), matched (tokens x layer count, keys and parameters alike), shares (sample efficiency, first seed),
+    """What is trained: layers (a probe a layer), prompt (one on the prompt tokens of the middle layers together), joint
+    (one on those of all blocks together, and its twin of permuted labels: `analysis` reads their attention), floors
+    (words alone, picture alone), permuted (labels, every layer), control-task (a label drawn per type of input, every
+    layer), matched (tokens x layer count, keys and parameters alike), shares (sample efficiency, first seed),
     codelength (online code, first seed)."""
     layers: tuple[str, ...] = ()
     """Layers that get a probe each, by their name in the store; none given means all."""
@@ -182,24 +184,32 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class AttendConfig:
-    """Write a proxy's cross-attention a[h, q, l, i] for every sample of a store into the store, as a derived array.
+    """Write cross-attention a[h, q, l, i] of proxies for every sample of a store into the store, as derived arrays.
 
-    Read it with `s = store.open(STORE)`, lazily: `s.derived[NAME].sel(layer="6").sum("token")` is the attention mass of
-    layer 6 by sample, head and query. `python -m store drop STORE derived/NAME` takes it out again.
+    `python -m analysis` reads them; so does `s = store.open(STORE)`, lazily: `s.derived[NAME].sel(layer="6")`.
+    `python -m store drop STORE derived/NAME` takes one out again.
     """
 
-    proxy: Path
-    """Folder of the trained proxy, e.g. runs/probes/proxies/mid-prompt-seed0."""
+    proxy: tuple[Path, ...]
+    """Folders of trained proxies, e.g. runs/probes/proxies/mid-prompt-seed0."""
     store: str
-    """Store of the samples, whose states came about as those that it was trained on."""
+    """Store of the samples, whose states came about as those that they were trained on."""
+    keep: Literal["tokens", "mass"] = "tokens"
+    """tokens: the attention to every token; mass: its sum over tokens, A[h, q, l], as many times smaller as a sample
+    has tokens, and enough for the vote on the layer."""
     name: str | None = None
-    """Name of the array; attention-PROBE-seedK-HASH if not given, HASH the first 8 digits of its weights' sha256."""
+    """Name of the array, of one proxy; attention-PROBE-seedK-HASH (or mass-…) if not given, HASH the first 8 digits of
+    its weights' sha256."""
     batch: int = 64
     """Samples that are read and attended at once; memory grows with it."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """Where the proxy runs; auto takes CUDA when there is one."""
+    """Where the proxies run; auto takes CUDA when there is one."""
 
     def __post_init__(self):
-        """Refuse an empty batch."""
+        """Refuse an empty batch, no proxy, and one name for several."""
         if self.batch < 1:
             raise Refusal(f"--batch {self.batch} is too small: give a positive number")
+        if not self.proxy:
+            raise Refusal("--proxy names no proxy: give the folder of one, e.g. runs/probes/proxies/mid-prompt-seed0")
+        if self.name and len(self.proxy) > 1:
+            raise Refusal(f"--name {self.name} is one name for {len(self.proxy)} proxies: leave it out")

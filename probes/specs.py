@@ -169,6 +169,11 @@ def _specs(
         yield from each("layer", "layer")
     if "prompt" in parts and middle:
         yield replace(common, name="mid-prompt", role="prompt", layers=tuple(middle), tokens="text")
+    if "joint" in parts and len(blocks := tuple(blocks_of(layers))) > 1:
+        # As `probes train` would name them.
+        joint = replace(common, layers=blocks, tokens="text")
+        yield replace(joint, name=named("joint", blocks, "text"), role="other")
+        yield replace(joint, name=named("permuted", blocks, "text"), role="control", labels="permuted")
     if "floors" in parts and "embed" in layers:
         # Before the first block no token has seen another: these two know the words only, and the picture only.
         for kind in ("text", "image"):

@@ -17,6 +17,7 @@ from probes.attend import attend
 from probes.config import AttendConfig, TrainConfig
 from probes.sweep import train
 from probes.trained import MAKING, WEIGHTS
+from store.errors import Refusal
 
 ASIDE, SILENT, N = (0, 7, 8, 47), (3, 20), 48
 ROUNDING = 2**-11 + 60 * 2**-25
@@ -64,7 +65,7 @@ def changed(proxy, folder, **spec):
 
 @pytest.mark.parametrize("which", ["layer", "joint", "words"])
 def test_what_is_written_is_what_the_proxy_attends_to_in_the_order_of_read_and_nan_elsewhere(proxies, place, which):
-    attend(AttendConfig(proxies[which], str(place), batch=5))
+    attend(AttendConfig((proxies[which],), str(place), batch=5))
     opened, proxy = store.open(place), probes.load(proxies[which])
     (found,) = opened.derived.values()
     assert found.dims == ("sample", "head", "query", "layer", "token") and found.dtype == np.float16
@@ -88,8 +89,31 @@ def test_what_is_written_is_what_the_proxy_attends_to_in_the_order_of_read_and_n
     assert store.verify(place).ok
 
 
+def test_the_mass_of_several_proxies_is_their_attention_summed_over_tokens(proxies, place):
+    both = (proxies["layer"], proxies["joint"])
+    attend(AttendConfig(both, str(place)))
+    attend(AttendConfig(both, str(place), keep="mass", batch=5))
+    derived = store.open(place).derived
+    assert len(derived) == 4
+    for name in [name for name in derived if name.startswith("mass-")]:
+        mass, whole = derived[name], derived[name.replace("mass-", "attention-")]
+        assert mass.dims == ("sample", "head", "query", "layer") and mass.dtype == np.float16
+        summed = whole.astype(np.float32).sum("token", skipna=True, min_count=1).values
+        np.testing.assert_allclose(mass.values, summed, rtol=2**-10, atol=60 * 2**-25)
+        assert np.isnan(mass.values[list(ASIDE)]).all() and mass.attrs["proxy"] == whole.attrs["proxy"]
+        assert "summed over the tokens" in mass.attrs["mass"] and "token" not in mass.attrs
+    assert store.verify(place).ok
+
+
+def test_no_proxy_and_one_name_for_several_are_refused(proxies, place):
+    with pytest.raises(Refusal, match="--proxy names no proxy"):
+        AttendConfig((), str(place))
+    with pytest.raises(Refusal, match="--name eyes is one name for 2 proxies"):
+        AttendConfig((proxies["layer"], proxies["joint"]), str(place), name="eyes")
+
+
 def test_the_array_says_whose_it_is_and_what_lies_along_its_tokens(proxies, place):
-    attend(AttendConfig(proxies["joint"], str(place)))
+    attend(AttendConfig((proxies["joint"],), str(place)))
     proxy = probes.load(proxies["joint"])
     ((name, found),) = store.open(place).derived.items()
     assert name == f"attention-joint-0-1-final-text-seed0-{proxy.hash[:8]}"
@@ -102,7 +126,7 @@ def test_the_array_says_whose_it_is_and_what_lies_along_its_tokens(proxies, plac
 
 def test_proxies_of_other_sizes_lie_side_by_side_in_one_store(proxies, place):
     for which in ("layer", "joint", "words"):
-        attend(AttendConfig(proxies[which], str(place)))
+        attend(AttendConfig((proxies[which],), str(place)))
     opened, tree = store.open(place), xr.open_datatree(place)
     assert len({tuple(found.sizes.values()) for found in opened.derived.values()}) == 3
     for name, found in opened.derived.items():
@@ -113,16 +137,16 @@ def test_proxies_of_other_sizes_lie_side_by_side_in_one_store(proxies, place):
 
 
 def test_asked_again_it_says_that_it_is_there_and_changes_nothing(proxies, place, capsys):
-    attend(AttendConfig(proxies["layer"], str(place)))
+    attend(AttendConfig((proxies["layer"],), str(place)))
     before = files(place)
     capsys.readouterr()
-    attend(AttendConfig(proxies["layer"], str(place)))
+    attend(AttendConfig((proxies["layer"],), str(place)))
     assert "already, of this proxy" in capsys.readouterr().out
     assert files(place) == before
 
 
 def test_a_name_of_another_proxys_attention_or_of_another_array_is_refused(proxies, place):
-    attend(AttendConfig(proxies["layer"], str(place), name="eyes"))
+    attend(AttendConfig((proxies["layer"],), str(place), name="eyes"))
     with store.derive(place, "norms", ("sample",), (N,)) as out:
         out.write(np.ones(N))
     before = files(place)
@@ -130,23 +154,23 @@ def test_a_name_of_another_proxys_attention_or_of_another_array_is_refused(proxi
     with pytest.raises(
         store.Refusal, match=f"of proxy {hashes[0]}, not of {hashes[1]}: give another --name, or .*drop"
     ):
-        attend(AttendConfig(proxies["joint"], str(place), name="eyes"))
+        attend(AttendConfig((proxies["joint"],), str(place), name="eyes"))
     with pytest.raises(store.Refusal, match="no proxy's attention"):
-        attend(AttendConfig(proxies["joint"], str(place), name="norms"))
+        attend(AttendConfig((proxies["joint"],), str(place), name="norms"))
     assert files(place) == before
 
 
 def test_after_the_store_grew_it_says_how_many_samples_lack_it(proxies, place, capsys):
-    attend(AttendConfig(proxies["layer"], str(place)))
+    attend(AttendConfig((proxies["layer"],), str(place)))
     planted_store(place, N + 12, grow=True)
     capsys.readouterr()
-    attend(AttendConfig(proxies["layer"], str(place)))
+    attend(AttendConfig((proxies["layer"],), str(place)))
     said = capsys.readouterr().out
     assert "44 of 56 samples" in said and "store drop" in said
     ((name, found),) = store.open(place).derived.items()
     assert found.sizes["sample"] == N + 12 and np.isnan(found.values[N:]).all()
     store.drop(place, f"derived/{name}")
-    attend(AttendConfig(proxies["layer"], str(place)))
+    attend(AttendConfig((proxies["layer"],), str(place)))
     assert not np.isnan(store.open(place).derived[name].values[N:, ..., :4]).all((1, 2, 3, 4)).any()
 
 
@@ -162,7 +186,7 @@ def write(self, *given):
     if not left[0]:
         os.kill(os.getpid(), signal.SIGKILL)
 store.growth.Deriving._write = write
-attend(AttendConfig(sys.argv[1], sys.argv[2], batch=4))
+attend(AttendConfig((sys.argv[1],), sys.argv[2], batch=4))
 """
 
 
@@ -176,11 +200,11 @@ def test_killed_in_the_middle_nothing_is_seen_and_the_same_command_completes_it(
     assert len([name for name in files(place) if name.startswith("derived/")]) == 17 - 3
     assert not store.open(place).derived and store.verify(place).ok
     assert xr.open_datatree(place).groups == before.groups
-    attend(AttendConfig(proxies["layer"], str(place)))
+    attend(AttendConfig((proxies["layer"],), str(place)))
     ((name, found),) = store.open(place).derived.items()
     unhurt = shutil.copytree(place, place.parent / "other.zarr")
     store.drop(unhurt, f"derived/{name}")
-    attend(AttendConfig(proxies["layer"], str(unhurt)))
+    attend(AttendConfig((proxies["layer"],), str(unhurt)))
     np.testing.assert_array_equal(found.values, store.open(unhurt).derived[name].values)
     assert store.verify(place).ok and files(place).keys() == files(unhurt).keys()
 
@@ -188,7 +212,7 @@ def test_killed_in_the_middle_nothing_is_seen_and_the_same_command_completes_it(
 def test_a_store_on_s3_gets_the_same(proxies, place, s3):
     remote = planted_store(s3, N, aside=ASIDE, silent=SILENT)
     for path in (place, remote):
-        attend(AttendConfig(proxies["joint"], str(path)))
+        attend(AttendConfig((proxies["joint"],), str(path)))
     one, other = (store.open(path).derived for path in (place, remote))
     assert list(one) == list(other)
     np.testing.assert_array_equal(*(next(iter(found.values())).values for found in (one, other)))
@@ -198,9 +222,9 @@ def test_probes_without_cross_attention_and_of_drawn_keys_are_refused(proxies, p
     drawn = changed(proxies["joint"], tmp_path / "drawn", keys=6)
     before = files(place)
     with pytest.raises(store.Refusal, match="of kind linear: only a qformer"):
-        attend(AttendConfig(proxies["linear"], str(place)))
+        attend(AttendConfig((proxies["linear"],), str(place)))
     with pytest.raises(store.Refusal, match=r"reads 6 keys drawn .* cannot attend to all tokens"):
-        attend(AttendConfig(drawn, str(place)))
+        attend(AttendConfig((drawn,), str(place)))
     assert files(place) == before
 
 
@@ -212,10 +236,10 @@ def test_a_control_stores_probe_attends_in_that_store_only(proxies, planted, pla
     told["store"] |= {"identity": dict(store.open(other).identity), "path": str(other)}
     (trained / MAKING).write_text(json.dumps(told))
     with pytest.raises(store.Refusal, match=rf"control is null here and .*random-weights.* there; give {other}"):
-        attend(AttendConfig(trained, str(place)))
+        attend(AttendConfig((trained,), str(place)))
     with pytest.raises(store.Refusal, match=r"control is .*random-weights.* here and null there"):
-        attend(AttendConfig(proxies["layer"], str(other)))
-    attend(AttendConfig(trained, str(other)))
+        attend(AttendConfig((proxies["layer"],), str(other)))
+    attend(AttendConfig((trained,), str(other)))
     (found,) = store.open(other).derived.values()
     assert found.attrs["spec"]["source"] == "random-weights"
 
@@ -223,13 +247,13 @@ def test_a_control_stores_probe_attends_in_that_store_only(proxies, planted, pla
 def test_layers_that_a_store_lacks_are_refused_by_name(proxies, place, tmp_path):
     lacking = changed(proxies["layer"], tmp_path / "lacking", layers=["17"])
     with pytest.raises(store.Refusal, match="layer 17 is not in"):
-        attend(AttendConfig(lacking, str(place)))
+        attend(AttendConfig((lacking,), str(place)))
     wider = store.create(tmp_path / "wide", store.Plan(("1",), 32, store.open(place).plan.samples, {"planted": "1"}))
     with pytest.raises(store.Refusal, match="32 wide, and probe layer-1 reads 16"):
-        attend(AttendConfig(proxies["layer"], str(wider)))
+        attend(AttendConfig((proxies["layer"],), str(wider)))
     empty = store.create(tmp_path / "empty", store.open(place).plan)
     with pytest.raises(store.Refusal, match="no sample of"):
-        attend(AttendConfig(proxies["layer"], str(empty)))
+        attend(AttendConfig((proxies["layer"],), str(empty)))
 
 
 def test_its_weights_are_read_by_their_hash(proxies):
