@@ -41,6 +41,7 @@ STYLE = {
     "legend.frameon": False,
     "svg.hashsalt": "analysis",  # the same data, the same file
     "svg.fonttype": "none",
+    "hatch.linewidth": 0.5,
 }
 
 
@@ -107,7 +108,8 @@ def save(figure: Figure, out: Path, name: str, data: pl.DataFrame, making: Mappi
     written = []
     for kind, metadata in (("png", {"Software": None}), ("svg", {"Date": None})):
         buffer = io.BytesIO()
-        figure.savefig(buffer, format=kind, metadata=metadata)
+        with styled():
+            figure.savefig(buffer, format=kind, metadata=metadata)
         written.append((f"{name}.{kind}", buffer.getvalue()))
     about = {
         "command": ["python", "-m", "analysis", *sys.argv[1:]],

@@ -1,0 +1,111 @@
+"""What the questions to one store share: the store, the attention that is read, and what was found on the way.
+
+Each is computed once, when it is first asked for.
+"""
+
+from functools import cached_property
+
+import numpy as np
+import polars as pl
+
+import store
+from analysis import attention, concentration, heads, layers
+from analysis.attention import Written
+from analysis.census import Census, Votes, census, votes
+from analysis.config import Attended
+from analysis.heads import Decisive
+from analysis.tagging import tagged
+from store.errors import Refusal
+
+
+class Study:
+    """A store and the attention of its proxies, as the settings choose them.
+
+    Raises
+    ------
+    Refusal
+        When the store holds no attention of a proxy, or no samples of the splits.
+    """
+
+    def __init__(self, config: Attended):
+        self.config = config
+        self.opened = store.open(config.store)
+        self.chosen = attention.choose(self.opened, config.attention)
+        self._censuses: dict[str, Census] = {}
+
+    @cached_property
+    def parts_s(self) -> np.ndarray:
+        """Which split each sample is of: 0 the choosing one, 1 the reporting one, −1 neither; int8 [s]."""
+        splits = self.opened.samples["split"]
+        for option in ("choose", "report"):
+            wanted = getattr(self.config, option)
+            if not (splits == wanted).any():
+                there = ", ".join(sorted(splits.drop_nulls().unique()))
+                raise Refusal(f"--{option} {wanted}: {self.opened.place} has no such split; it has {there}")
+        return np.select([splits == self.config.choose, splits == self.config.report], [0, 1], -1).astype(np.int8)
+
+    def census(self, one: Written) -> Census:
+        """What one pass over a proxy's attention mass tells."""
+        if one.name not in self._censuses:
+            mass = attention.mass(self.opened, one.name)
+            self._censuses[one.name] = census(mass, self.parts_s, dask=self.config.dask, progress=True)
+        return self._censuses[one.name]
+
+    def decisive(self, one: Written) -> Decisive:
+        """The decisive heads of a proxy, each by its own T unless one is given."""
+        return heads.find(self.census(one), self.config.threshold)
+
+    def votes(self, one: Written) -> Votes:
+        """The votes of a proxy's decisive heads."""
+        return votes(self.census(one), self.decisive(one).decisive_h)
+
+    @cached_property
+    def voted(self) -> pl.DataFrame:
+        """The main proxy's vote on every sample, see ``layers.frame``."""
+        main = self.chosen.main
+        decisive = int(self.decisive(main).decisive_h.sum())
+        return layers.frame(
+            self.census(main), self.votes(main), self.opened.samples["sample_id"], self.parts_s, decisive
+        )
+
+    @cached_property
+    def reported(self) -> np.ndarray:
+        """Samples of the reporting split that have attention: int64 [n]."""
+        there = (self.parts_s == 1) & (self.votes(self.chosen.main).l_star_s >= 0)
+        if not there.any():
+            raise Refusal(f"--report {self.config.report}: none of its samples has attention; attend to them first")
+        return np.flatnonzero(there)
+
+    @cached_property
+    def tokens(self) -> pl.DataFrame:
+        """The reported samples' tokens that the main proxy read, with ``word`` and ``tag``."""
+        table = attention.token_table(self.opened, self.chosen.main, self.reported)
+        return tagged(table, self.opened.samples["instruction"])
+
+    @cached_property
+    def shares_nt(self) -> np.ndarray:
+        """What share of their layer's mass goes to each token of the reported samples: float32 (n, t)."""
+        return self.shares_at(self.votes(self.chosen.main).l_star_s)
+
+    def shares_at(self, layer_s: np.ndarray) -> np.ndarray:
+        """The same at another layer of each sample, by its place among the proxy's layers."""
+        main = self.chosen.main
+        if not main.by_token:
+            raise Refusal(
+                f"derived/{main.name} is summed over tokens: run `python -m probes attend` with --keep tokens for it"
+            )
+        asked_s = np.full(len(layer_s), -1)
+        asked_s[self.reported] = layer_s[self.reported]
+        found = concentration.shares(self.opened.derived[main.name], self.decisive(main).decisive_h, asked_s)
+        return found.isel(sample=self.reported).values
+
+    @cached_property
+    def words(self) -> pl.DataFrame:
+        """Those of ``tokens`` that are the instruction's."""
+        return self.tokens.filter(pl.col("kind") == "instruction")
+
+    def top(self, count: int) -> pl.DataFrame:
+        """The instruction's most read tokens at l* of each reported sample, see ``concentration.top``."""
+        return concentration.top(
+            concentration.among(self.shares_nt, self.reported, self.words), self.reported, self.words, count
+        )
