@@ -15,6 +15,7 @@ to ``history/<date>-<machine>.json``; a rerun on the same day is one more entry 
 ``training``    training steps of a sweep, timed
 ``reference``   the proxy in plain PyTorch over a memory map, which ``sweeping`` and ``paper`` compare with
 ``paper``       the same at the paper's sizes, in a run of its own: ``--paper``
+``analysing``   one pass over the attention mass of a whole study / reading it, in a run of its own: ``--analysis``
 ``machine``     what the run was on, and whether it had it for itself
 ``report``      the table and the history
 ``run``         all of it

@@ -4,6 +4,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from store.errors import Refusal
+
 
 @dataclass(frozen=True)
 class Sizes:
@@ -138,6 +140,31 @@ PAPER_QUICK = PaperSizes(
 
 
 @dataclass(frozen=True)
+class AnalysisSizes:
+    """The masses of a run of ``--analysis``."""
+
+    samples: int
+    heads: int
+    """Proxy heads: layers of the proxy × heads of each."""
+    queries: int
+    layers: int
+    """VLM layers."""
+    plain: int
+    """Samples that plain NumPy has in memory."""
+    repeats: int
+    """Repeats unless the command line says otherwise."""
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """Of the masses: sample, head, query, layer."""
+        return self.samples, self.heads, self.queries, self.layers
+
+
+ANALYSIS = AnalysisSizes(samples=128_000, heads=72, queries=16, layers=28, plain=2_048, repeats=1)
+ANALYSIS_QUICK = AnalysisSizes(samples=300, heads=4, queries=3, layers=5, plain=50, repeats=1)
+
+
+@dataclass(frozen=True)
 class BenchConfig:
     """Measure the numbers this project answers for and print them as one table of ratios.
 
@@ -152,8 +179,11 @@ class BenchConfig:
     """Only the training of proxies at the paper's sizes, on made-up states of 28 layers, 3,584 wide; on CUDA where
     there is a GPU. Some minutes on two CPU cores with --threads 2. Takes 80 % of the memory that is free, and trains
     fewer layers at once where 28 do not fit; 4 GB of scratch."""
+    analysis: bool = False
+    """Only the pass over attention mass, of 128,000 samples × 72 proxy heads × 16 queries × 28 layers, made up: 8.3 GB,
+    read from disk, here and on a Dask cluster of processes. About four minutes."""
     repeats: int | None = None
-    """Repeats of every measurement (5; quick and paper 1)."""
+    """Repeats of every measurement (5; quick, paper and analysis 1)."""
     threads: int = 1
     """Torch threads. The store's own reading threads are as they always are."""
     history: Path = Path("bench/history")
@@ -167,6 +197,11 @@ class BenchConfig:
     json: bool = False
     """Print the record that history keeps instead of the table."""
 
+    def __post_init__(self):
+        """Refuse two runs in one."""
+        if self.paper and self.analysis:
+            raise Refusal("--paper and --analysis are runs of their own: give one of them")
+
     @property
     def sizes(self) -> Sizes:
         """The inputs of a full or a quick run."""
@@ -176,3 +211,8 @@ class BenchConfig:
     def paper_sizes(self) -> PaperSizes:
         """The same of a run of ``--paper``."""
         return PAPER_QUICK if self.quick else PAPER
+
+    @property
+    def analysis_sizes(self) -> AnalysisSizes:
+        """The same of a run of ``--analysis``."""
+        return ANALYSIS_QUICK if self.quick else ANALYSIS

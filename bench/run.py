@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import capture, extraction, gpu, machine, paper, report, storing, sweeping
+from bench import analysing, capture, extraction, gpu, machine, paper, report, storing, sweeping
 from bench.config import BenchConfig
 from bench.measure import Row, Turns
 from bench.pocket import set_up
@@ -19,14 +19,16 @@ from store.errors import Refusal
 
 def bench(config: BenchConfig) -> None:
     """Measure every row, print the table and append it to the history; see `BenchConfig`."""
-    sizes = config.paper_sizes if config.paper else config.sizes
+    sizes = config.analysis_sizes if config.analysis else config.paper_sizes if config.paper else config.sizes
     repeats = sizes.repeats if config.repeats is None else config.repeats
     if repeats < 1 or config.threads < 1:
         raise Refusal(f"--repeats {repeats} and --threads {config.threads} must be 1 or more")
     torch.set_num_threads(config.threads)
     load, began = machine.Load(), datetime.now(UTC)
     with TemporaryDirectory(dir=config.scratch, prefix="bench-") as folder:
-        if config.paper:
+        if config.analysis:
+            rows, weights = analysing.measure(config.analysis_sizes, repeats, Path(folder)), "no"
+        elif config.paper:
             rows, weights = paper.measure(config.paper_sizes, repeats, config.threads, Path(folder)), "no"
         else:
             rows, weights = measure(config, Turns(repeats, config.sizes.least_seconds), Path(folder))
@@ -41,6 +43,7 @@ def bench(config: BenchConfig) -> None:
         "settings": {
             "quick": config.quick,
             "paper": config.paper,
+            "analysis": config.analysis,
             "threads": config.threads,
             **asdict(sizes),
             "repeats": repeats,

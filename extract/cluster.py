@@ -7,11 +7,9 @@ run to another, which does what is not committed.
 import re
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import store
 from extract.config import ExtractConfig
@@ -19,17 +17,13 @@ from extract.loading import Loaders
 from extract.pipeline import Clock, Extractor
 from extract.workers import Progress, Rank
 from store.errors import Refusal
-
-if TYPE_CHECKING:
-    from dask.distributed import Client
+from store.scheduler import Watch, connect, count_workers
 
 RUNS_PER_WORKER = 4
 """Runs of blocks for each worker: few, for at its end the pipeline runs empty; several, so that all end alike."""
 
 RETRIES = 3
 LOOK_SECONDS = 1.0
-ABANDONED = 60.0  # seconds without any worker after which nobody is waited for
-PATIENCE = "30s"  # for a scheduler to answer
 
 _HELD: dict[str, Any] = {}
 _ONE_AT_A_TIME = threading.Lock()
@@ -48,7 +42,6 @@ def fill_on_cluster(config: ExtractConfig, plan: store.Plan, clock: Clock) -> No
     with clock("fill"), connect(config.dask) as client, watching as progress:
         if client.dashboard_link:
             print(f"dashboard: {client.dashboard_link}")
-        workers = len(client.scheduler_info(n_workers=-1)["workers"])
         settings = replace(config, dask=None)
         futures = [
             client.submit(
@@ -60,55 +53,19 @@ def fill_on_cluster(config: ExtractConfig, plan: store.Plan, clock: Clock) -> No
                 retries=RETRIES,
                 pure=False,
             )
-            for run in runs_of(store.pending(config.store, plan.part), RUNS_PER_WORKER * workers)
+            for run in runs_of(store.pending(config.store, plan.part), RUNS_PER_WORKER * count_workers(client))
         ]
-        seen = time.monotonic()
+        watch = Watch(client, config.dask)
         while any(future.status == "pending" for future in futures):
             time.sleep(LOOK_SECONDS)
             progress(0)
-            if client.scheduler_info(n_workers=-1)["workers"]:
-                seen = time.monotonic()
-            elif time.monotonic() - seen > ABANDONED:
-                raise Refusal(f"--dask {config.dask}: its workers are gone; start some and give the same command again")
+            watch()
             if failed := [future for future in futures if future.status == "error"]:
                 failure = failed[0].exception()
                 raise failure if isinstance(failure, Refusal) else Refusal(f"{failed[0].key} failed: {failure}")
         for future in futures:
             for stage, seconds in future.result().items():
                 clock.add(stage, seconds)
-
-
-@contextmanager
-def connect(address: str) -> Iterator["Client"]:
-    """A client of the scheduler at ``address``; ``local`` and ``local:4`` start one here with workers of their own."""
-    import dask
-    from dask.distributed import Client, LocalCluster
-
-    local = re.fullmatch(r"local(?::(\d+))?", address)
-    if not local:
-        try:
-            client = Client(address, timeout=PATIENCE)
-        except (OSError, ValueError, TimeoutError) as failure:
-            raise Refusal(f"--dask {address}: no scheduler answers there ({failure}); is it running?") from None
-        with client:
-            if not client.scheduler_info(n_workers=-1)["workers"]:
-                raise Refusal(
-                    f"--dask {address}: the scheduler has no workers; start some with `dask worker {address}`"
-                )
-            yield client
-        return
-    # Workers must be able to start loaders, which a daemon may not.
-    with (
-        dask.config.set({"distributed.worker.daemon": False}),
-        LocalCluster(
-            n_workers=int(local[1]) if local[1] else None,
-            threads_per_worker=1,
-            host="127.0.0.1",
-            dashboard_address="127.0.0.1:0",
-        ) as cluster,
-        Client(cluster) as client,
-    ):
-        yield client
 
 
 def runs_of(blocks: list[int], most: int) -> list[range]:

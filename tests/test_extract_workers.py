@@ -158,7 +158,7 @@ def test_a_dask_worker_that_is_killed_loses_nothing_and_what_is_refused_is_said(
 
 
 def test_no_scheduler_at_an_address_is_a_clear_refusal(config, tmp_path, monkeypatch):
-    monkeypatch.setattr("extract.cluster.PATIENCE", "1s")
+    monkeypatch.setattr("store.scheduler.PATIENCE", "1s")
     with pytest.raises(Refusal, match=r"--dask tcp://127.0.0.1:1: no scheduler answers"):
         extract(dataclasses.replace(config, store=tmp_path / "s.zarr", dask="tcp://127.0.0.1:1"))
 
