@@ -191,9 +191,13 @@ def vote(study: Study) -> Finding:
     )
     for row in agreement.iter_rows(named=True):
         whose = "seeds" if row["labels"] == "true" else "twins taught permuted labels"
-        kappa = _triple((row["kappa"], row["low"], row["high"]))
-        answer += f" Two {whose} name the same layer for {row['same']:.0%} of images, κ = {kappa}."
-    if (agreement.filter(labels="true")["low"] < 0.2).any():
+        beyond = (
+            "always one and the same, so that there is no κ"
+            if np.isnan(row["kappa"])
+            else f"κ = {_triple((row['kappa'], row['low'], row['high']))}"
+        )
+        answer += f" Two {whose} name the same layer for {row['same']:.0%} of images, {beyond}."
+    if (agreement.filter(labels="true")["low"].fill_nan(None) < 0.2).any():
         answer += (
             " So the layer is one of the proxy, hardly one of the image: beyond their favourites, seeds agree little."
         )
