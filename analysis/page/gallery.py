@@ -107,7 +107,7 @@ def _layer_order(layer: str) -> tuple[int, int, str]:
 
 
 def _select(name: str, label: str, values: list[str]) -> str:
-    options = "".join(f'<option value="{escaped(value)}">{escaped(value)}</option>' for value in values)
+    options = "".join(f'<option value="{escaped(value)}">{escaped(_words(value))}</option>' for value in values)
     return f'<label>{label} <select name="{name}"><option value="">all</option>{options}</select></label>\n'
 
 
@@ -126,7 +126,7 @@ def _card(place: int, sample: _Sample) -> str:
     facts = [("l*", sample.layer), ("area", percent)]
     facts += [("energy", _short(sample.energy))] + ([("error", _short(sample.error))] if "iou" in row else [])
     facts += [("objects", row["n_objects"])] if row.get("n_objects") is not None else []
-    facts += [("task", sample.task), ("split", sample.split), ("words", row["words"])]
+    facts += [("task", _words(sample.task)), ("split", sample.split), ("words", row["words"])]
     listed = "".join(
         f'<div class="{key.strip("*")}"><dt>{key}</dt> <dd dir="auto">{escaped(value)}</dd></div>'
         for key, value in facts
@@ -144,6 +144,11 @@ def _card(place: int, sample: _Sample) -> str:
 {_instruction(row["instruction"])}
 <dl>{listed}</dl>
 </li>"""
+
+
+def _words(name: str) -> str:
+    """Return a task's name as it is read."""
+    return name.replace("_", " ")
 
 
 def _short(value: float | None) -> str:

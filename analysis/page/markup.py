@@ -13,6 +13,8 @@ ABSENT = "–"
 # What ends a sentence is followed by a capital: not the stop of a number, of a file's name, of "e.g. this".
 SENTENCE = re.compile(r"(?<=[^\s.][.!?])\s+(?=[A-Z“\"])")
 
+SHORTEST_LEAD = 25
+
 
 def escaped(value: Any) -> str:
     """``value`` as text for an element or a quoted attribute; a dash for null. NUL, which HTML cannot hold, is �."""
@@ -31,9 +33,12 @@ def marked(text: str) -> str:
 
 
 def lead(answer: str) -> tuple[str, str]:
-    """The first sentence of an answer, and the rest of it."""
-    first, *rest = SENTENCE.split(answer.strip(), maxsplit=1)
-    return first, "".join(rest)
+    """The first sentence of an answer, and the rest of it; a word or two ("No.") take the next sentence along."""
+    answer = answer.strip()
+    for end in SENTENCE.finditer(answer):
+        if end.start() >= SHORTEST_LEAD:
+            return answer[: end.start()], answer[end.end() :]
+    return answer, ""
 
 
 def data_uri(content: bytes, kind: str) -> str:

@@ -26,6 +26,8 @@ def _told(value: Any) -> str:
             isinstance(one, dict) and one and not any(isinstance(v, dict | list) for v in one.values()) for one in value
         ):
             return _rows(value)
+        if not any(isinstance(one, dict | list) for one in value) and len(line := ", ".join(map(escaped, value))) < 80:
+            return line
         return "<ul>" + "".join(f"<li>{_told(one)}</li>" for one in value) + "</ul>"
     if isinstance(value, bool):
         return "yes" if value else "no"

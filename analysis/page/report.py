@@ -121,7 +121,7 @@ def _finding(finding: Finding, figures: Sequence[str]) -> str:
     tables = list(finding.tables.items())
     shown = [table(rows, title, f"{finding.name}-{title}") for title, rows in tables[:1]]
     further = [
-        f'<details class="further"><summary>{escaped(title)} <span>{len(rows):,} rows, {rows.width} columns</span></summary>\n'
+        f'<details class="further"><summary>{escaped(title)} <span>{len(rows):,} rows</span></summary>\n'
         f"{table(rows, title, f'{finding.name}-{title}', GLANCE)}</details>"
         for title, rows in tables[1:]
     ]

@@ -11,6 +11,10 @@ SHOWN = 200
 """Rows of a finding's first table that are shown; the CSV has all."""
 GLANCE = 25
 """Rows that are shown of each further table."""
+PRINTED = 30
+"""Rows on paper; page.css has the same number."""
+SHORT = 24
+"""Characters of a text that is not broken into lines."""
 LARGEST_CSV = 1_000_000
 """Bytes; a larger table is only named: its file lies beside the report."""
 IDENTIFIERS = {"sample", "seed"}
@@ -28,8 +32,9 @@ def table(rows: pl.DataFrame, title: str, name: str, shown: int = SHOWN) -> str:
     body = "\n".join("<tr>" + "".join(cells) + "</tr>" for cells in zip(*(c.cells() for c in columns), strict=True))
     some = "" if len(rows) <= shown else f"the first {shown:,} of "
     count = f"{some}{len(rows):,} {'row' if len(rows) == 1 else 'rows'}"
+    paper = f' <span class="paper">the first {PRINTED} are printed</span>' if len(first) > PRINTED else ""
     return f"""<div class="table">
-<p class="about" id="table-{escaped(name)}"><b>{escaped(title)}</b> <span>{count}</span> {_csv(rows, name)}</p>
+<p class="about" id="table-{escaped(name)}"><b>{escaped(title)}</b> <span>{count}</span>{paper} {_csv(rows, name)}</p>
 <div class="scroll" role="region" tabindex="0" aria-labelledby="table-{escaped(name)}">
 <table class="numbers" aria-labelledby="table-{escaped(name)}">
 <thead><tr>{heads}</tr></thead>
@@ -74,19 +79,19 @@ class _Column:
     def __init__(self, values: pl.Series):
         self.values, self.title = values, values.name.replace("_", " ")
         self.numeric = values.dtype.is_numeric()
-        self.kind = ' class="number"' if self.numeric else ""
+        self.told = values.to_list() if self.numeric else [None if v is None else _told(v) for v in values.to_list()]
+        longest = 0 if self.numeric else max((len(text) for text in self.told if text is not None), default=0)
+        self.kind = f' class="{"number" if self.numeric else "short" if longest <= SHORT else "long"}"'
         self.places = decimals(values.drop_nulls().to_numpy()) if values.dtype.is_float() else 0
 
     def cells(self) -> list[str]:
-        return [self._cell(value) for value in self.values.to_list()]
+        return [self._cell(value) for value in self.told]
 
     def _cell(self, value: Any) -> str:
         if value is None:
             return f'<td{self.kind} data-v="">{ABSENT}</td>'
-        if isinstance(value, bool):
-            return f"<td>{'yes' if value else 'no'}</td>"
         if not self.numeric:
-            return f"<td>{escaped(_told(value))}</td>"
+            return f"<td{self.kind}>{escaped(value)}</td>"
         written = str(value) if self.values.name in IDENTIFIERS else number(float(value), self.places)
         exact = "" if str(value) == written else f' data-v="{value}"'
         return f"<td{self.kind}{exact}>{written}</td>"
@@ -94,6 +99,8 @@ class _Column:
 
 def _told(value: Any) -> str:
     """A value that is no number, as text."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
     if isinstance(value, bytes):
         return f"{len(value):,} bytes"
     if isinstance(value, list | pl.Series):
