@@ -78,8 +78,8 @@ def samples(count=30):
             "energy": [0.5] * count,
             "iou": [1 - (place * 7 % count) / count for place in range(count)],
             "words": ["leftmost 0.31, moon 0.22"] * count,
-            "picture": [jpeg(40)] * count,
-            "overlay": [jpeg(220)] * count,
+            "picture": [jpeg(8 * place % 256) for place in range(count)],
+            "overlay": [jpeg(8 * place % 256, 40) for place in range(count)],
         }
     )
 

@@ -154,8 +154,9 @@ function restore() {
 }
 if (form) {
   form.hidden = false;
-  form.addEventListener("input", () => { filter(); keep(); });
-  form.addEventListener("reset", () => setTimeout(() => { filter(); keep(); }));
+  const apply = () => { filter(); keep(); };
+  for (const event of ["input", "change"]) form.addEventListener(event, apply); // a choice from a list may be but a change
+  form.addEventListener("reset", () => setTimeout(apply));
   form.addEventListener("submit", (event) => event.preventDefault());
   addEventListener("hashchange", restore);
   filter();
