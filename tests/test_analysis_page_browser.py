@@ -6,6 +6,7 @@ import re
 import time
 import zlib
 
+import polars as pl
 import pytest
 from browsing import DESKTOP, PHONE, browsing, needs_browser, resize
 from made_report import HOSTILE, PROVENANCE, RIGHT_TO_LEFT, WORDS, draw, finding, hostile_samples, samples
@@ -15,6 +16,7 @@ from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
 
 from analysis import page
+from analysis.finding import Finding
 
 pytestmark = needs_browser
 CARDS = ".card:not([hidden])"
@@ -51,6 +53,8 @@ def reports(tmp_path_factory):
         draw(folder, name)
     usual = [finding("layers", 60, ["layers-curve", "words-bars"]), finding("words", figures=["words-bars"])]
     bad = [finding("layers", 40, ["layers-curve"], HOSTILE), finding("words", 40, (), RIGHT_TO_LEFT + "y" * 3_000)]
+    columns = {f"share_of_the_first_rank_{number}": [1234.5678] * 40 for number in range(40)}
+    bad.append(Finding("wide", "Q?", "A.", tables={"wide": pl.DataFrame(columns)}))
     return {
         "usual": page.write(folder / "usual", "Where does it keep the place?", usual, folder, samples(), PROVENANCE),
         "hostile": page.write(folder / "bad", HOSTILE, bad, folder, hostile_samples(), {HOSTILE: [WORDS, "z" * 9_000]}),

@@ -11,9 +11,11 @@ SHOWN = 200
 """Rows of a finding's first table that are shown; the CSV has all."""
 GLANCE = 25
 """Rows that are shown of each further table."""
-PRINTED = 30
-"""Rows on paper; page.css has the same number."""
-SHORT = 24
+PRINTED = 30, 16
+"""Rows and columns on paper; page.css has the same numbers."""
+WIDE = 11
+"""Columns; of more the type is smaller on paper."""
+SHORT = 32
 """Characters of a text that is not broken into lines."""
 LARGEST_CSV = 1_000_000
 """Bytes; a larger table is only named: its file lies beside the report."""
@@ -32,11 +34,17 @@ def table(rows: pl.DataFrame, title: str, name: str, shown: int = SHOWN) -> str:
     body = "\n".join("<tr>" + "".join(cells) + "</tr>" for cells in zip(*(c.cells() for c in columns), strict=True))
     some = "" if len(rows) <= shown else f"the first {shown:,} of "
     count = f"{some}{len(rows):,} {'row' if len(rows) == 1 else 'rows'}"
-    paper = f' <span class="paper">the first {PRINTED} are printed</span>' if len(first) > PRINTED else ""
+    cut = " and ".join(
+        f"{most} {side}"
+        for most, side, there in zip(PRINTED, ("rows", "columns"), first.shape, strict=True)
+        if there > most
+    )
+    paper = f' <span class="paper">the first {cut} are printed</span>' if cut else ""
+    wide = " wide" if len(columns) > WIDE else ""
     return f"""<div class="table">
 <p class="about" id="table-{escaped(name)}"><b>{escaped(title)}</b> <span>{count}</span>{paper} {_csv(rows, name)}</p>
 <div class="scroll" role="region" tabindex="0" aria-labelledby="table-{escaped(name)}">
-<table class="numbers" aria-labelledby="table-{escaped(name)}">
+<table class="numbers{wide}" aria-labelledby="table-{escaped(name)}">
 <thead><tr>{heads}</tr></thead>
 <tbody>
 {body}
