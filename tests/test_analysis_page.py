@@ -192,6 +192,7 @@ def test_a_figure_that_is_not_there_is_named_with_the_command_that_draws_it(draw
         ([0.66, 0.6049, -0.0312], ["0.660", "0.605", "−0.031"]),
         ([1040.0, 2.0], ["1,040", "2"]),
         ([12.3456, 4.5], ["12.35", "4.50"]),
+        ([0.0833, 0.0833], ["0.083", "0.083"]),
         ([0.0012, 0.00345], ["0.00120", "0.00345"]),
         ([0.5, 2.3e-9, 0.0], ["0.500", "2.3e−9", "0.000"]),
         ([float("nan"), float("-inf"), 1.5], ["NaN", "−∞", "1.50"]),
@@ -298,6 +299,13 @@ def test_a_long_instruction_opens_on_demand_and_is_whole(made):
     long = list(made(gallery=hostile_samples()).all("li", class_="card"))[2]
     assert long.one("details").one("p").text == WORDS
     assert len(long.one("summary").text) < 160
+
+
+def test_a_hit_may_be_a_share_of_tied_places_and_chance_stands_beside_energy(made):
+    gallery = samples(4).with_columns(hit=pl.Series([1.0, 0.5, 0.25, None]), chance_energy=pl.lit(0.0612))
+    shown = list(made(gallery=gallery).all("li", class_="card"))
+    assert [card["data-outcome"] for card in shown] == ["hit", "hit", "miss", "–"]
+    assert shown[0].one("div", class_="energy").one("dd").text == "0.50 (chance 0.06)"
 
 
 def test_without_boxes_of_a_proxy_no_error_is_shown_or_asked_for(made):

@@ -63,10 +63,13 @@ class _Sample:
         self.layer, self.task, self.split = (
             ABSENT if row[name] is None else str(row[name]) for name in ("l_star", "task", "split")
         )
-        self.outcome = {True: "hit", False: "miss", None: ABSENT}[row["hit"]]
+        hit = _finite(row["hit"])  # where several places are highest alike, the share of them in the box
+        self.outcome = ABSENT if hit is None else "hit" if hit >= 0.5 else "miss"
         iou = _finite(row.get("iou"))
         self.error = None if iou is None else 1 - iou
-        self.area, self.energy = _finite(row["area"]), _finite(row["energy"])
+        self.area = _finite(row["area"])
+        self.energy, chance = (_short(_finite(row.get(name))) for name in ("energy", "chance_energy"))
+        self.energy += "" if chance == ABSENT else f" (chance {chance})"
 
 
 def _finite(value: float | None) -> float | None:
@@ -77,7 +80,7 @@ def _legend(columns: list[str]) -> str:
     error = " <b>Error</b>: 1 − IoU of the proxy’s box and the true one." if "iou" in columns else ""
     return f"""<p class="note"><b>l*</b>: the layer that the proxy reads the place from. <b>Hit</b>: the map’s highest
 point lies in the true box. <b>Energy</b>: share of the map inside it.{error} <b>Area</b>: the box’s share of the
-picture.</p>"""
+picture. Solid outline: the true box; dashed: the guessed one.</p>"""
 
 
 def _filters(samples: list[_Sample]) -> str:
@@ -124,7 +127,7 @@ def _card(place: int, sample: _Sample) -> str:
     row = sample.row
     percent = None if sample.area is None else f"{number(100 * sample.area, 1)} %"
     facts = [("l*", sample.layer), ("area", percent)]
-    facts += [("energy", _short(sample.energy))] + ([("error", _short(sample.error))] if "iou" in row else [])
+    facts += [("energy", sample.energy)] + ([("error", _short(sample.error))] if "iou" in row else [])
     facts += [("objects", row["n_objects"])] if row.get("n_objects") is not None else []
     facts += [("task", _words(sample.task)), ("split", sample.split), ("words", row["words"])]
     listed = "".join(

@@ -43,7 +43,8 @@ def write(
         Folder of their figures, as ``style.save`` wrote them.
     gallery
         A row a sample: sample, sample_id, instruction, task, split, area (share of the picture), l_star,
-        hit, energy, words, picture and overlay (JPEG files), and, where known, n_objects and iou. No gallery if None.
+        hit (or the share of tied places that hit), energy, words, picture and overlay (JPEG files), and, where known,
+        n_objects, iou and chance_energy. No gallery if None.
     provenance
         Where all this comes from: nested names and values.
 

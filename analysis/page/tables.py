@@ -63,7 +63,7 @@ def decimals(values: np.ndarray) -> int:
     if not len(sizes) or np.all(sizes == np.round(sizes)):
         return 0
     wanted = 2 - int(np.floor(np.log10(np.quantile(sizes, 0.25))))
-    return int(np.clip(wanted, 0, 3 if sizes.max() >= 0.1 else 5))
+    return int(np.clip(wanted, 0, 3 if sizes.max() >= 0.01 else 5))
 
 
 def number(value: float, places: int) -> str:
