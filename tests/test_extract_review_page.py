@@ -1,12 +1,11 @@
 """The page of a review in a real browser: keys, mouse and finger make the verdicts that land on the disk."""
 
-import shutil
 import time
 
 import polars as pl
 import pytest
+from browsing import DESKTOP, PHONE, browsing, needs_browser, resize
 from reviewing import Review, lines, make_store
-from selenium import webdriver
 from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.actions.interaction import POINTER_MOUSE, POINTER_TOUCH
@@ -16,16 +15,8 @@ from selenium.webdriver.common.keys import Keys
 from extract.review import verdicts
 from extract.scenes.shards import ScenesConfig, write_scenes
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
-DRIVER = shutil.which("chromedriver")
-FLAGS = (
-    "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking "
-    "--disable-component-update --disable-sync"
-).split()
-pytestmark = pytest.mark.skipif(
-    not (BROWSER and DRIVER), reason="no chromium with its driver: apt-get install chromium chromium-driver"
-)
-DESKTOP, PHONE, LYING = (1280, 800), (390, 844), (740, 360)
+pytestmark = needs_browser
+LYING = (740, 360)
 BOLD = '<b>bold</b><script>window.pwned = 1</script><img src=x onerror="window.pwned = 2"> &amp; &lt;'
 INSTRUCTIONS = [
     None,
@@ -39,14 +30,8 @@ INSTRUCTIONS = [
 
 @pytest.fixture(scope="module")
 def browser(tmp_path_factory):
-    options = webdriver.ChromeOptions()
-    options.binary_location = BROWSER
-    for flag in (*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('browser')}"):
-        options.add_argument(flag)
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    driver = webdriver.Chrome(options, webdriver.ChromeService(DRIVER))
-    yield driver
-    driver.quit()
+    with browsing(tmp_path_factory.mktemp("browser")) as driver:
+        yield driver
 
 
 @pytest.fixture(scope="module")
@@ -70,15 +55,11 @@ class Page:
     def __init__(self, browser, review, size):
         self.browser, self.review, self.path = browser, review, review.out
         self.earlier = len(lines(self.path))
-        self.resize(size)
+        resize(browser, size)
         browser.get("about:blank")
         browser.get_log("browser")
         browser.get(review.url)
         self.until(lambda: self.number is not None and self.ready)
-
-    def resize(self, size):
-        metrics = {"width": size[0], "height": size[1], "deviceScaleFactor": 1, "mobile": False}
-        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
 
     def js(self, code, *given):
         return self.browser.execute_script(f"return {code}", *given)
@@ -410,7 +391,7 @@ def test_the_window_may_change_its_size_in_the_middle(open_page):
     page = open_page()
     before = page.box
     for size in (PHONE, (1000, 400)):
-        page.resize(size)
+        resize(page.browser, size)
         page.until(lambda size=size: page.js("innerWidth") == size[0])
         x1, y1, x2, y2 = page.box
         start = page.on_screen(x1, y1)

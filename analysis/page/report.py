@@ -1,0 +1,151 @@
+"""The report as one HTML file: the answers, then what they rest on."""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import polars as pl
+
+from analysis.finding import Finding
+from analysis.page.figures import figure
+from analysis.page.gallery import cards
+from analysis.page.markup import escaped, lead, marked, prose
+from analysis.page.provenance import listed
+from analysis.page.tables import GLANCE, table
+from store.places import write_file
+
+HERE = Path(__file__).parent
+FILE = "report.html"
+
+
+def write(
+    out: Path,
+    title: str,
+    findings: Sequence[Finding],
+    figures: Path,
+    gallery: pl.DataFrame | None,
+    provenance: Mapping[str, Any],
+) -> Path:
+    """Write ``out/report.html``; the same findings, figures and samples give the same bytes.
+
+    Parameters
+    ----------
+    out
+        Folder of the page.
+    title
+        Its heading.
+    findings
+        What it answers, in the order it is read.
+    figures
+        Folder of their figures, as ``style.save`` wrote them.
+    gallery
+        A row a sample: sample, sample_id, instruction, task, split, area (share of the picture), l_star,
+        hit (or the share of tied places that hit), energy, words, picture and overlay (JPEG files), and, where known,
+        n_objects, iou and chance_energy. No gallery if None.
+    provenance
+        Where all this comes from: nested names and values.
+
+    Returns
+    -------
+    Path
+        The page.
+
+    Raises
+    ------
+    Refusal
+        When a figure's file or a column of the gallery is missing.
+    """
+    figures, script = Path(figures), _asset("page.js")
+    sections = {f"finding-{finding.name}": finding.name.replace("_", " ").capitalize() for finding in findings}
+    sections = {"answers": "Answers"} | sections | ({} if gallery is None else {"samples": "Samples"})
+    numbers = iter(range(1, 1 + sum(len(finding.figures) for finding in findings)))
+    drawn = [[figure(one, next(numbers), finding, figures) for one in finding.figures] for finding in findings]
+    page = Template(_asset("page.html")).substitute(
+        title=escaped(title),
+        count=_count(findings, gallery),
+        style=_asset("page.css"),
+        script=script,
+        script_hash=_hash(script),
+        nav=_nav(sections | {"provenance": "Provenance"}),
+        answers=_answers(findings),
+        findings="\n".join(_finding(one, pictures) for one, pictures in zip(findings, drawn, strict=True)),
+        samples="" if gallery is None else _samples(gallery),
+        provenance=listed(provenance),
+    )
+    path = Path(out) / FILE
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_file(path, page.encode("utf-8", "replace"))
+    return path
+
+
+def _asset(name: str) -> str:
+    return (HERE / name).read_text(encoding="utf-8")
+
+
+def _hash(script: str) -> str:
+    """What a content security policy calls ``script``: no other is run.
+
+    Styles are not held to a hash: some browsers hold the drawings to it too, and theirs are within.
+    """
+    return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
+
+
+def _count(findings: Sequence[Finding], samples: pl.DataFrame | None) -> str:
+    counts = [("question", len(findings)), ("figure", sum(len(finding.figures) for finding in findings))]
+    counts += [] if samples is None else [("sample to look at", len(samples))]
+    plural = {"sample to look at": "samples to look at"}
+    return " · ".join(f"{n:,} {word if n == 1 else plural.get(word, word + 's')}" for word, n in counts)
+
+
+def _nav(sections: Mapping[str, str]) -> str:
+    return "\n".join(f'<li><a href="#{escaped(name)}">{escaped(label)}</a></li>' for name, label in sections.items())
+
+
+def _answers(findings: Sequence[Finding]) -> str:
+    if not findings:
+        return '<p class="empty">No question has been answered yet.</p>'
+    return "<ol>\n" + "\n".join(_headline(finding) for finding in findings) + "\n</ol>"
+
+
+def _headline(finding: Finding) -> str:
+    first, rest = lead(finding.answer)
+    return f"""<li>
+<p class="question"><a href="#finding-{escaped(finding.name)}">{escaped(finding.question)}</a></p>
+<p class="lead" dir="auto">{marked(escaped(first))}</p>
+{prose(rest)}
+</li>"""
+
+
+def _finding(finding: Finding, figures: Sequence[str]) -> str:
+    name = escaped(finding.name)
+    tables = list(finding.tables.items())
+    shown = [table(rows, title, f"{finding.name}-{title}") for title, rows in tables[:1]]
+    further = [
+        f'<details class="further"><summary>{escaped(title)} <span>{len(rows):,} rows</span></summary>\n'
+        f"{table(rows, title, f'{finding.name}-{title}', GLANCE)}</details>"
+        for title, rows in tables[1:]
+    ]
+    caveats = "\n".join(f"<li>{marked(escaped(caveat))}</li>" for caveat in finding.caveats)
+    against = f'<aside class="caveats"><h3>What to hold against it</h3>\n<ul>{caveats}</ul></aside>' if caveats else ""
+    return "\n".join(
+        [
+            f'<section id="finding-{name}" class="finding" aria-labelledby="title-{name}">',
+            f'<h2 id="title-{name}">{escaped(finding.question)}</h2>',
+            f'<div class="answer">{prose(finding.answer)}</div>',
+            against,
+            *figures,
+            *shown,
+            *further,
+            "</section>",
+        ]
+    )
+
+
+def _samples(samples: pl.DataFrame) -> str:
+    return f"""<section id="samples" aria-labelledby="samples-title">
+<h2 id="samples-title">Samples</h2>
+{cards(samples)}
+</section>"""
