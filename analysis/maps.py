@@ -33,6 +33,7 @@ ALL = "all tokens"
 CONTRAST = "contrast"
 ROLLOUT = "rollout"
 ROLLOUT_STAR = "rollout to l*"
+OBJECT = "any object"
 MEANING = {
     STAR: "the dominant tokens' rows at l*",
     LAST: "the same tokens' rows at the last block with rows",
@@ -42,6 +43,7 @@ MEANING = {
     CONTRAST: "the dominant tokens' rows at l* over the mean row of all instruction tokens: without sinks",
     ROLLOUT: "the same tokens by attention rollout through all blocks",
     ROLLOUT_STAR: "the same tokens by attention rollout up to l*",
+    OBJECT: "a peak on one of the picture's objects by lot: 1 / n_objects; what seeing objects alone gives",
 }
 """What is scored."""
 
@@ -55,7 +57,7 @@ class Maps:
     samples
         One row a scored sample: ``sample``, ``sample_id``, ``l_star``, ``words`` (texts of the dominant tokens with
         rows), ``area`` (true box over picture), ``image`` (samples of one picture are drawn together in bootstraps),
-        the true box and the picture's size in pixels.
+        the true box and the picture's size in pixels, ``n_objects`` where the store has it.
     scores
         Condition → (m, n) float64, NaN where unknown.
     layers
@@ -140,8 +142,12 @@ def maps(
         raise Refusal(f"no sample of {opened.place} can be mapped: {told or 'none was asked for'}")
     joined, used = _joined(parts, kept_n), pl.concat(found)
     words = used.group_by("sample", maintain_order=True).agg(words=pl.col("text").str.strip_chars())
+    table = chosen.filter(pl.Series(kept_n)).join(words, on="sample", how="left", maintain_order="left")
+    if "n_objects" in table.columns:
+        by_lot_n = (1 / pl.Series(table["n_objects"])).fill_null(np.nan).to_numpy()
+        joined["scores"][OBJECT] = np.stack([by_lot_n, np.full(table.height, np.nan)])
     return Maps(
-        samples=chosen.filter(pl.Series(kept_n)).join(words, on="sample", how="left", maintain_order="left"),
+        samples=table,
         scores=joined["scores"],
         layers=blocks,
         layers_mln=joined["layers"],
@@ -162,6 +168,7 @@ def _usable(
     """The samples that can be scored, ascending, and why others cannot."""
     table = opened.samples.with_columns(sample=pl.int_range(pl.len(), dtype=pl.Int64))
     numbers = (*CORNERS, "width", "height")
+    numbers += ("n_objects",) * ("n_objects" in table.columns)
     table = table.with_columns(pl.lit(None).alias(name) for name in numbers if name not in table.columns)
     table = table.with_columns(pl.col(name).cast(pl.Float64) for name in numbers)[wanted.tolist()]
     image = pl.col("image_crc32c" if "image_crc32c" in table.columns else "sample_id").cast(pl.String)

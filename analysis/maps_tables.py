@@ -15,6 +15,7 @@ from analysis.maps import (
     LAST,
     MEANING,
     METRICS,
+    OBJECT,
     OTHERS,
     RANDOM,
     ROLLOUT,
@@ -184,7 +185,7 @@ def finding(found: Maps, samples: pl.DataFrame, figures: Sequence[Drawn] = ()) -
         "strata": by_stratum(found, samples),
         "samples": each_sample(found),
     }
-    return Finding(NAME, QUESTION, answer(found, beside, layers), tuple(figures), tables, caveats(found, samples))
+    return Finding(NAME, QUESTION, answer(found, beside, layers), tuple(figures), tables, caveats(found))
 
 
 def answer(found: Maps, beside: pl.DataFrame, layers: pl.DataFrame) -> str:
@@ -200,20 +201,20 @@ def answer(found: Maps, beside: pl.DataFrame, layers: pl.DataFrame) -> str:
         f"[{energy['ratio_low']:.1f}, {energy['ratio_high']:.1f}] the {energy['chance']:.1%} of an even one."
     ]
     by_verdict: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
-    for name in (CHANCE, LAST, OTHERS, RANDOM, ALL, ROLLOUT, ROLLOUT_STAR, CONTRAST):
+    for name in (CHANCE, OBJECT, LAST, OTHERS, RANDOM, ALL, ROLLOUT, ROLLOUT_STAR, CONTRAST):
         row = rows.get((name, "pointing"))
         if row is None or row["p_holm"] is None:
             continue
         apart = row["p_holm"] < ALPHA
         verdict = "not told apart from" if not apart else "ahead of" if row["difference"] > 0 else "behind"
-        gap = f"{row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
-        by_verdict[verdict].append(f"{CALLED[name]} ({row['value']:.1%}; {gap}, p = {row['p_holm']:.2g})")
+        by_verdict[verdict].append(f"{CALLED[name]} ({row['value']:.1%}; {_gap(row)}, p = {row['p_holm']:.2g})")
     said += [f"In pointing, l* is {verdict} {'; '.join(names)}." for verdict, names in by_verdict.items() if names]
     best = layers.filter(pl.col("metric") == "pointing", pl.col("value").is_not_null()).sort("value")
     if best.height > 1:
         row = best.row(-1, named=True)
-        gap = f"{row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}], q = {row['q']:.2g}"
-        said.append(f"Of fixed blocks, {row['layer']} points best: {_share(row)} (l* less it {gap}).")
+        said.append(
+            f"Of fixed blocks, {row['layer']} points best: {_share(row)} (l* less it {_gap(row)}, q = {row['q']:.2g})."
+        )
     if not {STAR, RANDOM} <= {name for name, _ in rows} or rows[RANDOM, "pointing"]["p_holm"] is None:
         said.append("No other tokens of the instruction have rows, so it is open whether these words look better.")
     said.append("Differences are l* less the other, paired by picture, 95 % intervals; p after Holm over the table.")
@@ -222,6 +223,7 @@ def answer(found: Maps, beside: pl.DataFrame, layers: pl.DataFrame) -> str:
 
 CALLED = {
     CHANCE: "chance",
+    OBJECT: "a peak on any object by lot",
     LAST: "the last block",
     OTHERS: "an average other block",
     RANDOM: "as many random words of the instruction",
@@ -238,7 +240,12 @@ def _share(row: dict) -> str:
     return f"{row['value']:.1%} [{row['low']:.1%}, {row['high']:.1%}]"
 
 
-def caveats(found: Maps, samples: pl.DataFrame) -> tuple[str, ...]:
+def _gap(row: dict) -> str:
+    """How far l* is ahead, with its interval."""
+    return f"{row['difference']:+.3f} [{row['difference_low']:+.3f}, {row['difference_high']:+.3f}]"
+
+
+def caveats(found: Maps) -> tuple[str, ...]:
     """What to hold against the maps of this store."""
     said = ["Attention is not cause: where a token looks is not yet what the model uses."]
     if found.left_out:
@@ -251,13 +258,7 @@ def caveats(found: Maps, samples: pl.DataFrame) -> tuple[str, ...]:
     never = float((found.chance_mn[0] == 0).mean())
     if never:
         said.append(f"In {never:.1%} of pictures no token's centre lies in the true box, so pointing cannot hit there.")
-    if "n_objects" in samples.columns:
-        several = samples["n_objects"].cast(pl.Float64)[found.samples["sample"].to_numpy().tolist()]
-        if several.is_not_null().any():
-            rate = (1 / several).mean()
-            said.append(
-                f"Pointing at any object by lot would hit in {rate:.1%}: what is above the uniform chance and not above "
-                "that may be seeing objects, not the one that is meant."
-            )
+    if OBJECT in found.scores:
+        said.append("What beats a uniform map and not a peak on any object by lot may see objects, not the one meant.")
     said.append(LIMITS if ROLLOUT in found.scores else "No rollout: it needs the text's rows of all blocks from 0.")
     return tuple(said)
