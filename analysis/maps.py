@@ -59,7 +59,7 @@ class Maps:
         rows), ``area`` (true box over picture), ``image`` (samples of one picture are drawn together in bootstraps),
         the true box and the picture's size in pixels, ``n_objects`` where the store has it.
     scores
-        Condition → (m, n) float64, NaN where unknown.
+        Condition → (m, n) float64, NaN where unknown; at l* all are known.
     layers
         The blocks with rows, and ``layers_mln`` the scores of the dominant tokens' rows there.
     chance_mn
@@ -121,21 +121,21 @@ def maps(
     chosen, left_out = _usable(opened, votes, top, wanted, blocks, tokens)
     ranked = top.filter(pl.col("rank") < tokens).sort("sample", "rank")
     rolls = keeps_text_rows(opened) and can_roll(blocks)
+    numbers, boxes_n4 = chosen["sample"].to_numpy(), chosen.select(CORNERS).to_numpy()
     star_n = np.array([blocks.index(layer) for layer in chosen["l_star"]], np.int64)
-    boxes_n4 = chosen.select(CORNERS).to_numpy().astype(np.float64)
-    parts, kept, found = [], [], [ranked.clear()]
-    numbers = chosen["sample"].to_numpy()
+    parts, asked, found = [], [], [ranked.clear()]
     with tqdm(total=len(numbers), desc="maps", unit="sample", delay=2) as bar:
         for rows in read_rows(opened, numbers, text=rolls) if len(numbers) else ():
             at_s = np.searchsorted(numbers, rows.samples_s)
             own_sq, with_row = top_queries(rows, ranked)
-            known_s = own_sq.any(1) & ~np.isnan(rows.pixels_st4).all((1, 2))
-            kept.append(known_s)
             found.append(with_row)
+            asked.append(own_sq.any(1))
             parts.append(_Batch(rows, own_sq, star_n[at_s], boxes_n4[at_s], seed, rolls).scored())
             bar.update(len(at_s))
-    kept_n = np.concatenate(kept) if kept else np.zeros(0, bool)
-    left_out["no dominant token with a row"] = int((~kept_n).sum())
+    asked_n = np.concatenate(asked) if asked else np.zeros(0, bool)
+    kept_n = asked_n & ~np.concatenate([np.isnan(part["scores"][STAR][0]) for part in parts] or [asked_n])
+    left_out["no dominant token with a row"] = int((~asked_n).sum())
+    left_out["no rows, no mass or no token boxes at l*"] = int((asked_n & ~kept_n).sum())
     left_out = {reason: count for reason, count in left_out.items() if count}
     if not kept_n.any():
         told = ", ".join(f"{reason} ({count})" for reason, count in left_out.items())

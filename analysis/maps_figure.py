@@ -70,21 +70,22 @@ def draw(
     beside, layers = tables["comparisons"], tables["layers"]
     shown = chosen(found, examples, seed)
     down = max(1, math.ceil(len(shown) / ACROSS))
-    height = 1.5 + 1.8 * max(down, 2)
+    said = wrap(title(beside), 108)
+    head = 0.85 + 0.2 * len(said)  # inches above the panels
+    height = head + 0.5 + 1.8 * max(down, 2)
     with style.styled():
         figure = Figure(figsize=(12.5, height))
-        whole = {"top": 1 - 1.25 / height, "bottom": 0.55 / height}
+        whole = {"top": 1 - head / height, "bottom": 0.55 / height}
         lowest = max(whole["bottom"], whole["top"] - TALLEST / height)
         grid = figure.add_gridspec(1, 1, left=0.065, right=0.285, top=whole["top"], bottom=lowest)
         draw_layers(figure.add_subplot(grid[0]), found, layers, beside)
         tiles = figure.add_gridspec(down, ACROSS, left=0.415, right=0.99, hspace=0.36, wspace=0.06, **whole)
         for place, n in enumerate(shown):
             draw_example(figure.add_subplot(tiles[place // ACROSS, place % ACROSS]), found, n, pictures)
-        figure.suptitle(
-            title(beside), x=0.065, y=1 - 0.12 / height, ha="left", va="top", fontsize=11.5, fontweight="bold"
-        )
+        look = {"ha": "left", "va": "top"}
+        figure.suptitle("\n".join(said), x=0.065, y=1 - 0.12 / height, fontsize=12, fontweight="bold", **look)
         note = caption(found, len(shown), pictures is not None)
-        figure.text(0.065, 1 - 0.42 / height, note, fontsize=9, color=style.QUIET, va="top")
+        figure.text(0.065, 1 - (0.2 + 0.2 * len(said)) / height, note, fontsize=9, color=style.QUIET, **look)
         ids = found.samples["sample_id"][shown].to_list()
         data = pl.concat([layers, beside.drop("meaning")], how="diagonal_relaxed")
         about = {**making, "examples": ids, "examples_seed": seed, "left_out": dict(found.left_out)}
@@ -111,8 +112,6 @@ def chosen(found: Maps, examples: int, seed: int) -> list[int]:
 def title(beside: pl.DataFrame) -> str:
     """The finding in one line, from the numbers: what l* is above, like and below after Holm."""
     rows = {row["condition"]: row for row in beside.filter(pl.col("metric") == "pointing").to_dicts()}
-    if rows[STAR]["value"] is None:
-        return "The dominant words put no mass on the picture"
     sides: dict[str, list[str]] = {"above": [], "not apart from": [], "below": []}
     for name, called in TITLED.items():
         row = rows.get(name)

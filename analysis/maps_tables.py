@@ -192,8 +192,6 @@ def answer(found: Maps, beside: pl.DataFrame, layers: pl.DataFrame) -> str:
     """The comparisons in words, pointing first; what did not hold is said, too."""
     rows = {(row["condition"], row["metric"]): row for row in beside.to_dicts()}
     star, energy = rows[STAR, "pointing"], rows[STAR, "energy"]
-    if star["value"] is None:
-        return f"The dominant tokens put no mass on the picture in any of {found.samples.height:,} samples."
     said = [
         f"The strongest image token of the dominant words' own attention rows at l* lies in the true box in "
         f"{_share(star)} of {star['n']:,} pictures; a uniform map would in {star['chance']:.1%}. "
