@@ -55,3 +55,29 @@ class Attended(Common):
             raise Refusal(f"--choose and --report are both {self.choose}: a threshold is reported on another split")
         if self.threshold is not None and not 0 <= self.threshold < 1:
             raise Refusal(f"--threshold {self.threshold} is no use: mass is a share, give a number from 0 to below 1")
+
+
+@dataclass(frozen=True)
+class MapsConfig(Attended):
+    """Draw where the dominant tokens look at l*, and score it: pointing game and energy in the true box.
+
+    The VLM's own attention rows of those tokens, against chance, other blocks, random tokens and attention rollout;
+    writes the finding, figure 4 and a gallery of thumbnails.
+    """
+
+    top: int = 3
+    """Dominant tokens a sample: those that the proxy's decisive heads attend to most at l*."""
+    examples: int = 12
+    """Pictures in the figure, drawn by the seed among hits and misses in their proportion."""
+    data: str = "data/scenes"
+    """Folder or hub id of the data that the store was made from: pictures are taken there. Without them maps are drawn
+    on plain ground."""
+    gallery: int = 120
+    """Thumbnails for the report, drawn by the seed."""
+
+    def __post_init__(self):
+        """Refuse numbers that name no token or no picture."""
+        super().__post_init__()
+        for name, least in (("top", 1), ("examples", 1), ("gallery", 0)):
+            if getattr(self, name) < least:
+                raise Refusal(f"--{name} {getattr(self, name)} is no use: give {least} or more")
