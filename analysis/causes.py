@@ -1,0 +1,216 @@
+"""Is attention cause? What masking a proxy's keys costs where its attention is, and where it is not (science §8).
+
+Shape suffixes: ``s`` proxy (seed), ``n`` sample that is asked about, ``l`` VLM layer, ``k`` quantity.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import polars as pl
+import torch
+
+from analysis.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD, Mask, Prompt, masks_of, overlaps, voted
+from probes import boxes, floors, statistics, targets
+from probes.trained import TrainedProbe
+from store.errors import Refusal
+
+LABELS = {
+    NOTHING: "nothing",
+    LAYER: "the layer that the heads vote for",
+    TOKEN: "the top token, at all layers",
+    WORD: "the top word of the instruction, at all layers",
+    CROSSED: "the top token, at that layer only",
+    KEPT: "all but the layer that the heads vote for",
+    CONTROLS[LAYER]: "another layer",
+    CONTROLS[TOKEN]: "another token of the instruction, at all layers",
+    CONTROLS[WORD]: "as many other tokens of the instruction, at all layers",
+    CONTROLS[CROSSED]: "another token of the instruction, at that layer only",
+    CONTROLS[KEPT]: "all but another layer",
+}
+METRICS = ("iou", "iou_at_0.5")
+
+
+def masking(
+    opened: Any,
+    proxies: Sequence[TrainedProbe],
+    votes: pl.DataFrame,
+    top: pl.DataFrame,
+    samples: Sequence[int],
+    draws: int = 5,
+    seed: int = 0,
+) -> dict[str, pl.DataFrame]:
+    """What masking costs at l*, at every layer, at the top token and word, and beside them at random.
+
+    Parameters
+    ----------
+    opened
+        The store whose states the proxies read.
+    proxies
+        Q-Formers that say boxes and read the same layers and tokens: seeds of one.
+    votes
+        ``sample`` (row of ``Store.samples``), ``l_star`` (name of the layer that its heads vote for) and, where seeds
+        differ, ``seed``.
+    top
+        ``sample``, ``rank`` (low is first), ``slot`` (on the token axis of hidden/text) and, where seeds differ,
+        ``seed``. The top word is the instruction's word whose token comes first.
+    samples
+        Rows that are asked about: with states, a box, and no part in the training.
+    draws
+        Draws of random layers and tokens of every sample, shared out over the proxies, at least one each. Another layer
+        masked is no draw but the mean over all others.
+    seed
+        Of the draws.
+
+    Returns
+    -------
+    dict of DataFrame
+        ``comparisons`` (a mask against no mask, and against its control: difference, 95 % interval, p, Holm's p),
+        ``values`` (IoU and IoU@0.5 under every mask) and ``layers`` (IoU without each layer, and its share of votes).
+
+    Raises
+    ------
+    Refusal
+        When the proxies read different tokens or say no box, or the tables lack one of them.
+    """
+    samples_n = np.asarray(samples, np.int64)
+    alike(proxies)
+    prompt = Prompt.of(opened, proxies[0].spec.tokens, samples_n)
+    each = -(-draws // len(proxies))
+    wanted = [
+        list(masks_of(probe, prompt, votes, top, range(each * p, each * p + each), seed))
+        for p, probe in enumerate(proxies)
+    ]
+    found = overlaps(opened, proxies, wanted, samples_n)
+    layers = proxies[0].spec.layers
+    star_snl = np.stack([voted(votes, probe, samples_n) for probe in proxies])
+    values = gathered(wanted, found, layers, star_snl)
+    floor_n = mean_box(opened, samples_n)
+    return {
+        "comparisons": compared(values),
+        "values": valued(values, floor_n),
+        "layers": by_layer(values, layers, star_snl),
+    }
+
+
+def alike(proxies: Sequence[TrainedProbe]) -> None:
+    """Refuse proxies that are not seeds of one, or have no boxes to mask for."""
+    first = proxies[0]
+    for probe in proxies:
+        if probe.spec.kind != "qformer" or probe.making["target"]["form"] != "box":
+            raise Refusal(f"{probe.folder} is no Q-Former that says boxes: give proxies of boxes")
+        if (probe.spec.layers, probe.spec.tokens) != (first.spec.layers, first.spec.tokens):
+            raise Refusal(f"{probe.folder} reads other layers or tokens than {first.folder}: give seeds of one proxy")
+
+
+def gathered(
+    wanted: Sequence[Sequence[Mask]], found: Sequence[np.ndarray], layers: Sequence[str], star_snl: np.ndarray
+) -> dict[str, dict[str, np.ndarray]]:
+    """Metric → mask → values (s, n): the mean over draws; without l*, and the mean over each of the other layers."""
+    out: dict[str, dict[str, np.ndarray]] = {}
+    for metric in METRICS:
+        seen = [values if metric == "iou" else np.where(np.isnan(values), np.nan, values >= 0.5) for values in found]
+        by_name = {
+            name: np.stack(
+                [
+                    own[[k for k, mask in enumerate(of_probe) if mask.name == name]].mean(0)
+                    for own, of_probe in zip(seen, wanted, strict=True)
+                ]
+            )
+            for name in dict.fromkeys(mask.name for mask in wanted[0])
+        }
+        each_snl = np.stack([by_name[f"layer {layer}"] for layer in layers], -1)
+        known_sn, others = star_snl.any(-1), max(1, len(layers) - 1)
+        at_sn = np.where(known_sn, np.where(star_snl, each_snl, 0).sum(-1), np.nan)
+        beside_sn = np.where(known_sn & (len(layers) > 1), np.where(star_snl, 0, each_snl).sum(-1) / others, np.nan)
+        out[metric] = by_name | {LAYER: at_sn, CONTROLS[LAYER]: beside_sn}
+    return out
+
+
+def mean_box(opened: Any, samples_n: np.ndarray) -> np.ndarray:
+    """IoU of the mean box of the train split with each sample's, (1, n): what knows nothing reaches."""
+    target = targets.make("box", opened.samples)
+    train = np.flatnonzero(opened.samples["split"].eq_missing("train").to_numpy() & target.known)
+    if not len(train):
+        return np.full((1, len(samples_n)), np.nan)
+    said = dict(floors.constant(target, train, samples_n))["floor-mean-box"]
+    pair = [
+        torch.from_numpy(np.stack([said[f"{prefix}{side}"] for side in targets.BOX], 1)) for prefix in ("", "true_")
+    ]
+    return boxes.iou(*pair).numpy()[None]
+
+
+def summary(values_ksn: np.ndarray) -> list[dict[str, Any]]:
+    """Mean, 95 % interval over images (and seeds), p that it is 0, and n, of every quantity."""
+    _, s, n = values_ksn.shape
+    known_k = (~np.isnan(values_ksn)).any((1, 2))
+    rows: list[dict[str, Any]] = [dict.fromkeys(("value", "low", "high", "p")) | {"n": 0, "seeds": s} for _ in known_k]
+    if not known_k.any():
+        return rows
+    values_ksn = values_ksn[known_k]
+    drawn_rks = statistics.mean_draws(values_ksn.reshape(-1, n)).reshape(-1, len(values_ksn), s)
+    low_k, high_k = statistics.ends(statistics.over_seeds(drawn_rks))
+    p_k = statistics.sign_flip(values_ksn.mean(1))
+    if s > 1:
+        p_k = np.maximum(p_k, statistics.seeds_p(drawn_rks))
+    told = zip(statistics.means(values_ksn), low_k, high_k, p_k, (~np.isnan(values_ksn)).any(1).sum(1), strict=True)
+    for place, (mean, low, high, p, count) in zip(np.flatnonzero(known_k), told, strict=True):
+        ends = {"value": float(mean), "low": float(low), "high": float(high)}
+        rows[place] |= ends | {"p": float(p), "n": int(count)}
+    return rows
+
+
+def compared(values: Mapping[str, Mapping[str, np.ndarray]]) -> pl.DataFrame:
+    """Every mask against none and against its control, on the images that both know; Holm over all of a metric."""
+    rows = []
+    for metric, by_name in values.items():
+        asked = [(name, against) for name in CONTROLS for against in (NOTHING, CONTROLS[name])]
+        differences_ksn = np.stack([by_name[name] - by_name[against] for name, against in asked])
+        told = summary(differences_ksn)
+        for (name, against), difference_sn, row in zip(asked, differences_ksn, told, strict=True):
+            both_sn = ~np.isnan(difference_sn)
+            plain = [float(by_name[one][both_sn].mean()) if both_sn.any() else None for one in (name, against)]
+            difference = {"difference": row.pop("value"), "low": row.pop("low"), "high": row.pop("high")}
+            head = {"masked": name, "against": against, "metric": metric, "value": plain[0], "value_against": plain[1]}
+            rows.append(head | difference | row)
+    return corrected(pl.DataFrame(rows, infer_schema_length=None))
+
+
+def corrected(table: pl.DataFrame) -> pl.DataFrame:
+    """With Holm's p over the rows of each metric that have one."""
+    parts = []
+    for part in table.partition_by("metric", maintain_order=True):
+        known = part["p"].is_not_null().to_numpy()
+        adjusted = np.full(len(known), np.nan)
+        adjusted[known] = statistics.holm(part["p"].drop_nulls().to_numpy())
+        parts.append(part.with_columns(p_holm=pl.Series(adjusted, nan_to_null=True)))
+    return pl.concat(parts)
+
+
+def valued(values: Mapping[str, Mapping[str, np.ndarray]], floor_n: np.ndarray) -> pl.DataFrame:
+    """IoU and IoU@0.5 under every mask, each row's label in words, and the mean box's."""
+    rows = []
+    for metric, by_name in values.items():
+        names = list(LABELS)
+        told = summary(np.stack([by_name[name] for name in names]))
+        floor = floor_n if metric == "iou" else np.where(np.isnan(floor_n), np.nan, floor_n >= 0.5)
+        for name, row in zip([*names, "floor"], told + summary(floor[None]), strict=True):
+            row.pop("p")
+            rows.append({"masked": name, "label": LABELS.get(name, "mean box"), "metric": metric} | row)
+    return pl.DataFrame(rows, infer_schema_length=None)
+
+
+def by_layer(
+    values: Mapping[str, Mapping[str, np.ndarray]], layers: Sequence[str], star_snl: np.ndarray
+) -> pl.DataFrame:
+    """The curve over fixed layers: metrics with one layer masked for all, what that costs, and its share of votes."""
+    share_l = star_snl.sum((0, 1)) / max(1, star_snl.any(-1).sum())
+    rows = []
+    for metric, by_name in values.items():
+        each_ksn = np.stack([by_name[f"layer {layer}"] for layer in layers])
+        told, costs = summary(each_ksn), summary(each_ksn - by_name[NOTHING])
+        for layer, share, row, cost in zip(layers, share_l, told, costs, strict=True):
+            row.pop("p")
+            change = {"difference": cost["value"], "difference_low": cost["low"], "difference_high": cost["high"]}
+            rows.append({"layer": layer, "metric": metric, "votes": float(share)} | row | change)
+    return pl.DataFrame(rows, infer_schema_length=None)
