@@ -11,7 +11,8 @@ import polars as pl
 import torch
 
 from analysis.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD, Mask, Prompt, masks_of, overlaps, voted
-from probes import boxes, floors, statistics, targets
+from analysis.paired import corrected, differences, summary
+from probes import boxes, floors, targets
 from probes.trained import TrainedProbe
 from store.errors import Refusal
 
@@ -28,6 +29,7 @@ LABELS = {
     CONTROLS[CROSSED]: "another token of the instruction, at that layer only",
     CONTROLS[KEPT]: "all but another layer",
 }
+FLOOR = "floor"
 METRICS = ("iou", "iou_at_0.5")
 
 
@@ -85,10 +87,10 @@ def masking(
     layers = proxies[0].spec.layers
     star_snl = np.stack([voted(votes, probe, samples_n) for probe in proxies])
     values = gathered(wanted, found, layers, star_snl)
-    floor_n = mean_box(opened, samples_n)
+    floor_1n = mean_box(opened, samples_n)
     return {
         "comparisons": compared(values),
-        "values": valued(values, floor_n),
+        "values": valued(values, floor_1n),
         "layers": by_layer(values, layers, star_snl),
     }
 
@@ -140,64 +142,36 @@ def mean_box(opened: Any, samples_n: np.ndarray) -> np.ndarray:
     return boxes.iou(*pair).numpy()[None]
 
 
-def summary(values_ksn: np.ndarray) -> list[dict[str, Any]]:
-    """Mean, 95 % interval over images (and seeds), p that it is 0, and n, of every quantity."""
-    _, s, n = values_ksn.shape
-    known_k = (~np.isnan(values_ksn)).any((1, 2))
-    rows: list[dict[str, Any]] = [dict.fromkeys(("value", "low", "high", "p")) | {"n": 0, "seeds": s} for _ in known_k]
-    if not known_k.any():
-        return rows
-    values_ksn = values_ksn[known_k]
-    drawn_rks = statistics.mean_draws(values_ksn.reshape(-1, n)).reshape(-1, len(values_ksn), s)
-    low_k, high_k = statistics.ends(statistics.over_seeds(drawn_rks))
-    p_k = statistics.sign_flip(values_ksn.mean(1))
-    if s > 1:
-        p_k = np.maximum(p_k, statistics.seeds_p(drawn_rks))
-    told = zip(statistics.means(values_ksn), low_k, high_k, p_k, (~np.isnan(values_ksn)).any(1).sum(1), strict=True)
-    for place, (mean, low, high, p, count) in zip(np.flatnonzero(known_k), told, strict=True):
-        ends = {"value": float(mean), "low": float(low), "high": float(high)}
-        rows[place] |= ends | {"p": float(p), "n": int(count)}
+def compared(values: Mapping[str, Mapping[str, np.ndarray]]) -> pl.DataFrame:
+    """Every mask against none and against its control; Holm over all of a metric."""
+    asked = [(name, against) for name in CONTROLS for against in (NOTHING, CONTROLS[name])]
+    return corrected([row for metric, by_name in values.items() for row in differences(by_name, asked, metric)])
+
+
+def valued(values: Mapping[str, Mapping[str, np.ndarray]], floor_1n: np.ndarray) -> pl.DataFrame:
+    """IoU and IoU@0.5 under every mask, what it changes against no mask, and the mean box's."""
+    rows = []
+    for metric, by_name in values.items():
+        rows += told({name: by_name[name] for name in LABELS}, by_name[NOTHING], {"metric": metric})
+        floor_1n = floor_1n if metric == "iou" else np.where(np.isnan(floor_1n), np.nan, floor_1n >= 0.5)
+        rows += [{"masked": FLOOR, "metric": metric} | told_of(one) for one in summary(floor_1n[None])]
+    table = pl.DataFrame(rows, infer_schema_length=None)
+    return table.with_columns(label=pl.col("masked").replace(LABELS | {FLOOR: "nothing known: the mean box"}))
+
+
+def told(by_name: Mapping[str, np.ndarray], whole_sn: np.ndarray, common: dict[str, Any]) -> list[dict[str, Any]]:
+    """A row a mask: its metric, and what it changes against no mask, with intervals."""
+    each_ksn = np.stack(list(by_name.values()))
+    rows = []
+    for name, row, change in zip(by_name, summary(each_ksn), summary(each_ksn - whole_sn), strict=True):
+        changed = {"difference": change["value"], "difference_low": change["low"], "difference_high": change["high"]}
+        rows.append({"masked": name} | common | told_of(row) | changed)
     return rows
 
 
-def compared(values: Mapping[str, Mapping[str, np.ndarray]]) -> pl.DataFrame:
-    """Every mask against none and against its control, on the images that both know; Holm over all of a metric."""
-    rows = []
-    for metric, by_name in values.items():
-        asked = [(name, against) for name in CONTROLS for against in (NOTHING, CONTROLS[name])]
-        differences_ksn = np.stack([by_name[name] - by_name[against] for name, against in asked])
-        told = summary(differences_ksn)
-        for (name, against), difference_sn, row in zip(asked, differences_ksn, told, strict=True):
-            both_sn = ~np.isnan(difference_sn)
-            plain = [float(by_name[one][both_sn].mean()) if both_sn.any() else None for one in (name, against)]
-            difference = {"difference": row.pop("value"), "low": row.pop("low"), "high": row.pop("high")}
-            head = {"masked": name, "against": against, "metric": metric, "value": plain[0], "value_against": plain[1]}
-            rows.append(head | difference | row)
-    return corrected(pl.DataFrame(rows, infer_schema_length=None))
-
-
-def corrected(table: pl.DataFrame) -> pl.DataFrame:
-    """With Holm's p over the rows of each metric that have one."""
-    parts = []
-    for part in table.partition_by("metric", maintain_order=True):
-        known = part["p"].is_not_null().to_numpy()
-        adjusted = np.full(len(known), np.nan)
-        adjusted[known] = statistics.holm(part["p"].drop_nulls().to_numpy())
-        parts.append(part.with_columns(p_holm=pl.Series(adjusted, nan_to_null=True)))
-    return pl.concat(parts)
-
-
-def valued(values: Mapping[str, Mapping[str, np.ndarray]], floor_n: np.ndarray) -> pl.DataFrame:
-    """IoU and IoU@0.5 under every mask, each row's label in words, and the mean box's."""
-    rows = []
-    for metric, by_name in values.items():
-        names = list(LABELS)
-        told = summary(np.stack([by_name[name] for name in names]))
-        floor = floor_n if metric == "iou" else np.where(np.isnan(floor_n), np.nan, floor_n >= 0.5)
-        for name, row in zip([*names, "floor"], told + summary(floor[None]), strict=True):
-            row.pop("p")
-            rows.append({"masked": name, "label": LABELS.get(name, "mean box"), "metric": metric} | row)
-    return pl.DataFrame(rows, infer_schema_length=None)
+def told_of(row: dict[str, Any]) -> dict[str, Any]:
+    """A summary without its p: that a metric is not 0 is no news."""
+    return {name: value for name, value in row.items() if name != "p"}
 
 
 def by_layer(
@@ -205,12 +179,8 @@ def by_layer(
 ) -> pl.DataFrame:
     """The curve over fixed layers: metrics with one layer masked for all, what that costs, and its share of votes."""
     share_l = star_snl.sum((0, 1)) / max(1, star_snl.any(-1).sum())
-    rows = []
+    tables = []
     for metric, by_name in values.items():
-        each_ksn = np.stack([by_name[f"layer {layer}"] for layer in layers])
-        told, costs = summary(each_ksn), summary(each_ksn - by_name[NOTHING])
-        for layer, share, row, cost in zip(layers, share_l, told, costs, strict=True):
-            row.pop("p")
-            change = {"difference": cost["value"], "difference_low": cost["low"], "difference_high": cost["high"]}
-            rows.append({"layer": layer, "metric": metric, "votes": float(share)} | row | change)
-    return pl.DataFrame(rows, infer_schema_length=None)
+        rows = told({name: by_name[f"layer {name}"] for name in layers}, by_name[NOTHING], {"metric": metric})
+        tables.append(pl.DataFrame(rows, infer_schema_length=None).with_columns(votes=pl.Series(share_l)))
+    return pl.concat(tables).rename({"masked": "layer"})
