@@ -10,9 +10,14 @@ import numpy as np
 import polars as pl
 import torch
 
+from analysis import causes_figure, causes_words
+from analysis.config import CausesConfig
+from analysis.finding import Drawn, Finding
 from analysis.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD, Mask, Prompt, masks_of, overlaps, voted
 from analysis.paired import corrected, differences, summary
+from analysis.retrained import retrain, retrained
 from probes import boxes, floors, targets
+from probes.data import Source
 from probes.trained import TrainedProbe
 from store.errors import Refusal
 
@@ -93,6 +98,53 @@ def masking(
         "values": valued(values, floor_1n),
         "layers": by_layer(values, layers, star_snl),
     }
+
+
+def finding(
+    opened: Any, proxies: Sequence[TrainedProbe], votes: pl.DataFrame, top: pl.DataFrame, config: CausesConfig
+) -> Finding:
+    """Mask, compare with what was trained again, draw, and say what it comes to.
+
+    ``votes`` and ``top`` are as of ``masking``; to train again (``config.retrain``) they are of all samples.
+
+    Raises
+    ------
+    Refusal
+        As ``masking`` and ``retrained`` do, or when no image of the reporting split can be asked about.
+    """
+    alike(proxies)
+    samples_n = testable(opened, proxies[0], config.report, config.images, config.seed)
+    tables = masking(opened, proxies, votes, top, samples_n, config.draws, config.seed)
+    if config.retrain:
+        retrain(opened, proxies[0], votes, top, config.retrained_in, [p.seed for p in proxies[:3]], seed=config.seed)
+    if config.retrain or config.retrained or config.retrained_in.exists():
+        tables |= retrained(config.retrained_in, proxies, votes)
+    told = causes_words.told(tables)
+    making = {"store": str(opened.place), "proxies": {probe.folder.name: probe.hash for probe in proxies}}
+    causes_figure.draw(tables, told.title, told.note, config.out, making)
+    figure = Drawn(causes_figure.NAME, told.caption)
+    return Finding("causes", "Is attention cause?", told.answer, (figure,), tables, told.caveats)
+
+
+def testable(opened: Any, probe: TrainedProbe, split: str, most: int, seed: int) -> np.ndarray:
+    """Rows of a split that the proxy can be asked about, int64 rising: at most so many, drawn with the seed.
+
+    Raises
+    ------
+    Refusal
+        When there is none.
+    """
+    source, spec = Source(opened, opened), probe.spec
+    lacking = [layer for layer in spec.layers if layer not in opened.layers]
+    if lacking:
+        raise Refusal(f"{opened.place} lacks layers {', '.join(lacking)} that {probe.folder.name} reads")
+    usable = source.usable_s & targets.unit_boxes(opened.samples)[1] & (source.slots(spec.tokens)[1] > 0)
+    found = np.flatnonzero(usable & opened.samples["split"].eq_missing(split).to_numpy())
+    if not len(found):
+        raise Refusal(
+            f"no sample of split {split!r} of {opened.place} has states, a token that is read, and a true box"
+        )
+    return np.sort(np.random.default_rng([seed, 5]).permutation(found)[:most])
 
 
 def alike(proxies: Sequence[TrainedProbe]) -> None:

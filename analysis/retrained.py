@@ -137,7 +137,7 @@ def retrain(
     top: pl.DataFrame,
     out: Path,
     seeds: Sequence[int] = (0, 1, 2),
-    others: int = 2,
+    others: int = 1,
     seed: int = 0,
 ) -> None:
     """Write the masks and train what is not trained yet; a run that was stopped goes on from there.
