@@ -113,7 +113,7 @@ def finding(
         As ``masking`` and ``retrained`` do, or when no image of the reporting split can be asked about.
     """
     alike(proxies)
-    samples_n = testable(opened, proxies[0], config.report, config.images, config.seed)
+    samples_n = askable(opened, proxies[0], config.report, config.images, config.seed)
     tables = masking(opened, proxies, votes, top, samples_n, config.draws, config.seed)
     if config.retrain:
         retrain(opened, proxies[0], votes, top, config.retrained_in, [p.seed for p in proxies[:3]], seed=config.seed)
@@ -126,7 +126,7 @@ def finding(
     return Finding("causes", "Is attention cause?", told.answer, (figure,), tables, told.caveats)
 
 
-def testable(opened: Any, probe: TrainedProbe, split: str, most: int, seed: int) -> np.ndarray:
+def askable(opened: Any, probe: TrainedProbe, split: str, most: int, seed: int) -> np.ndarray:
     """Rows of a split that the proxy can be asked about, int64 rising: at most so many, drawn with the seed.
 
     Raises

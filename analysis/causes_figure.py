@@ -9,6 +9,7 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from analysis import style
 from analysis.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD
@@ -40,7 +41,7 @@ def draw(tables: Mapping[str, pl.DataFrame], title: str, note: str, out: Path, m
         draw_alone(figure.add_subplot(grid[:, 1]), values)
         upper = figure.add_subplot(grid[0, 2])
         draw_layers(upper, figure.add_subplot(grid[1, 2], sharex=upper), layers)
-        figure.suptitle(title, x=0.02, ha="left", fontsize=13, fontweight="bold")
+        figure.suptitle(title, x=0.02, ha="left", fontsize=12, fontweight="bold")
         figure.text(0.02, 0.925, note, fontsize=9, color=style.QUIET, va="top")
         return style.save(figure, out, NAME, pl.concat(drawn(tables), how="diagonal_relaxed"), making)
 
@@ -89,7 +90,9 @@ def draw_costs(axes: Axes, groups: Sequence[tuple[str, list[Row]]]) -> None:
         axes.plot([], [], "o", color=style.ACCENT, ms=6, label=CHOSEN)[0],
         axes.plot([], [], "o", color=style.QUIET, mfc="white", mew=1.2, ms=6, label=RANDOM)[0],
     ]
-    axes.legend(handles=handles, loc="upper center", bbox_to_anchor=(0.5, 1.0), ncols=2, fontsize=8, handletextpad=0.1)
+    place = {"loc": "lower right", "bbox_to_anchor": (1.09, 0.985)}
+    axes.legend(handles=handles, ncols=2, fontsize=8, handletextpad=0.1, columnspacing=1.2, **place)
+    axes.xaxis.set_major_locator(MaxNLocator(5))
 
 
 def point(axes: Axes, row: Mapping[str, Any], height: float, chosen: bool) -> None:
@@ -117,7 +120,7 @@ def draw_alone(axes: Axes, values: Mapping[str, Mapping]) -> None:
             axes.axhline(values[name]["value"], color=style.QUIET, lw=0.8, ls=(0, (4, 2)), zorder=0)
             axes.text(1.5, values[name]["value"] + top * 0.012, label, fontsize=8, color=style.QUIET, ha="right")
     axes.set_xlim(-0.5, 1.5)
-    axes.set_xticks([0, 1], ["voted\nlayer", "another"], fontsize=9)
+    axes.set_xticks([0, 1], ["voted\nlayer", "another\nlayer"], fontsize=9)
     axes.set_xlabel("the only layer left")
     axes.set_ylabel("mean IoU")
     axes.set_title("Enough?")

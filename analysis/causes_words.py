@@ -90,11 +90,21 @@ def share_lost(values: Mapping[str, Mapping], name: str) -> float:
     return -values[name]["difference"] / max(values[NOTHING]["value"] - floor, 1e-9)
 
 
+def better(row: Mapping[str, Any]) -> bool:
+    """Whether a treatment is surely better than what it is held against."""
+    return row["difference"] is not None and row["difference"] > 0 and row["p_holm"] < SURE
+
+
 def verdict(values: Mapping[str, Mapping], asked: Mapping[tuple[str, str], Mapping]) -> str:
     """One sentence: yes, in part, or no."""
+    share, enough = share_lost(values, LAYER), better(asked[KEPT, CONTROLS[KEPT]])
     if not worse(asked[LAYER, CONTROLS[LAYER]]):
-        return "No sign of it: masking the layer that the heads vote for costs no more than masking another."
-    share = share_lost(values, LAYER)
+        if enough:
+            return (
+                "Attention marks a layer that says more than others by itself, but it is not shown to be needed: "
+                "masking it does not surely cost more than masking another."
+            )
+        return "It is not shown: masking the layer that the heads vote for does not surely cost more than another."
     if share >= MOST:
         return f"Yes: without the layer that the heads vote for, {share:.0%} of what the proxy knows is gone."
     return (
@@ -145,7 +155,8 @@ def again_words(again: Mapping[tuple[str, str], Mapping]) -> list[str]:
         if (name, FULL) not in again or again[name, FULL]["difference"] is None:
             continue
         whole, control = again[name, FULL], again.get((AGAINST[name], FULL))
-        said = f"trained again without {label} ({whole['left_out']}) it changes by {change(whole)}"
+        where = f" ({whole['left_out']})" if name == VOTED else ""
+        said = f"trained again without {label}{where} it changes by {change(whole)}"
         if control and control["difference"] is not None:
             apart = again[name, AGAINST[name]]
             said += f", without {'another layer' if name == VOTED else 'a random token'} by {change(control)}"
@@ -165,10 +176,15 @@ def title(values: Mapping[str, Mapping], asked: Mapping[tuple[str, str], Mapping
     """The finding in one line."""
     cost, other = (-values[name]["difference"] for name in (LAYER, CONTROLS[LAYER]))
     alone = f"alone it keeps {values[KEPT]['value']:.2f} of {values[NOTHING]['value']:.2f}"
-    if worse(asked[LAYER, CONTROLS[LAYER]]):
-        much = "Attention is where it matters" if share_lost(values, LAYER) >= MOST else "Useful, not indispensable"
-        return f"{much}: masking the voted layer costs {cost:.3f} IoU, another {other:.3f}; {alone}"
-    return f"Masking where attention is costs no more than elsewhere: {cost:.3f} IoU against {other:.3f}; {alone}"
+    enough = better(asked[KEPT, CONTROLS[KEPT]])
+    if not worse(asked[LAYER, CONTROLS[LAYER]]):
+        head = "Says more alone, not shown to be needed" if enough else "Not shown to be a cause"
+    elif share_lost(values, LAYER) >= MOST:
+        head = "Attention is where it matters"
+    else:
+        head = "Useful, not indispensable"
+    lost = f"masking the voted layer costs {signed(cost)} IoU, another {signed(other)}".replace("+", "")
+    return f"{head}: {lost}; {alone}"
 
 
 def note(over: str, again: Mapping[tuple[str, str], Mapping]) -> str:
@@ -177,6 +193,4 @@ def note(over: str, again: Mapping[tuple[str, str], Mapping]) -> str:
     if (VOTED, FULL) in again:
         row = again[VOTED, FULL]
         more = f" Trained again: n = {row['n']:,}, {row['seeds']} seed{'s' if row['seeds'] > 1 else ''}."
-    return (
-        f"{over[0].upper()}{over[1:]}.{more}\nChanges are against the same proxy with nothing masked, image by image."
-    )
+    return f"{over}.{more}\nChanges are against the same proxy with nothing masked, image by image."

@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import polars as pl
-import torch
 
 import store
 from analysis.masks import Prompt, of_seed, voted
@@ -228,7 +227,7 @@ def role_of(spec: Spec, full: Spec, layer: str) -> tuple[str | None, str]:
 def overlaps_of(folder: Path) -> dict[int, float]:
     """IoU of every test sample of a probe's own predictions, by its row in the store."""
     rows = pl.read_parquet(folder / PREDICTIONS).filter(part="test")
-    pair = [torch.from_numpy(rows.select(f"{prefix}{side}" for side in BOX).to_numpy()) for prefix in ("", "true_")]
+    pair = [rows.select(f"{prefix}{side}" for side in BOX).to_torch() for prefix in ("", "true_")]
     return dict(zip(rows["sample"].to_list(), boxes.iou(*pair).tolist(), strict=True))
 
 
