@@ -81,3 +81,35 @@ class MapsConfig(Attended):
         for name, least in (("top", 1), ("examples", 1), ("gallery", 0)):
             if getattr(self, name) < least:
                 raise Refusal(f"--{name} {getattr(self, name)} is no use: give {least} or more")
+
+
+class CausesConfig(Attended):
+    """Mask what a proxy attends to, and as much elsewhere at random: does it lose the box?
+
+    Masked are the layer that its heads vote for, the top token and the top word, in the trained proxy. With
+    `--retrain`, proxies are trained again without the layer that most samples vote for, without another, without the
+    top tokens and without random ones; that takes minutes, and goes on where it was stopped.
+    """
+
+    probes: Path = Path("runs/probes")
+    """Folder of the run that trained the proxies, if they are no longer where it was."""
+    images: int = 512
+    """Images of the reporting split on which masks are tried, drawn with the seed; all if it has no more."""
+    draws: int = 5
+    """Draws of random layers and tokens of every image, shared out over the proxies of all seeds, at least one each."""
+    retrain: bool = False
+    """Train again what is not trained yet, of the first three seeds; writes derived/top-tokens and random-tokens."""
+    retrained: Path | None = None
+    """Folder of the proxies that were trained again; OUT/retrained if not given. It is read if it is there."""
+
+    def __post_init__(self):
+        """Refuse numbers that are no use."""
+        super().__post_init__()
+        for name in ("images", "draws"):
+            if getattr(self, name) < 1:
+                raise Refusal(f"--{name} {getattr(self, name)} is too small: give a positive number")
+
+    @property
+    def retrained_in(self) -> Path:
+        """Folder of the proxies that were trained again."""
+        return self.retrained or self.out / "retrained"

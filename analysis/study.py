@@ -3,6 +3,7 @@
 Each is computed once, when it is first asked for.
 """
 
+from collections.abc import Sequence
 from functools import cached_property
 
 import numpy as np
@@ -79,33 +80,60 @@ class Study:
     @cached_property
     def tokens(self) -> pl.DataFrame:
         """The reported samples' tokens that the main proxy read, with ``word`` and ``tag``."""
-        table = attention.token_table(self.opened, self.chosen.main, self.reported)
-        return tagged(table, self.opened.samples["instruction"])
-
-    @cached_property
-    def shares_nt(self) -> np.ndarray:
-        """What share of their layer's mass goes to each token of the reported samples: float32 (n, t)."""
-        return self.shares_at(self.votes(self.chosen.main).l_star_s)
-
-    def shares_at(self, layer_s: np.ndarray) -> np.ndarray:
-        """The same at another layer of each sample, by its place among the proxy's layers."""
-        main = self.chosen.main
-        if not main.by_token:
-            raise Refusal(
-                f"derived/{main.name} is summed over tokens: run `python -m probes attend` with --keep tokens for it"
-            )
-        asked_s = np.full(len(layer_s), -1)
-        asked_s[self.reported] = layer_s[self.reported]
-        found = concentration.shares(self.opened.derived[main.name], self.decisive(main).decisive_h, asked_s)
-        return found.isel(sample=self.reported).values
+        return self.tokens_of(self.reported)
 
     @cached_property
     def words(self) -> pl.DataFrame:
         """Those of ``tokens`` that are the instruction's."""
         return self.tokens.filter(pl.col("kind") == "instruction")
 
+    @cached_property
+    def shares_nt(self) -> np.ndarray:
+        """What share of their layer's mass goes to each token of the reported samples: float32 (n, t)."""
+        return self.shares_of(self.reported, self.votes(self.chosen.main).l_star_s)
+
+    def tokens_of(self, samples: np.ndarray) -> pl.DataFrame:
+        """The same table of any samples with attention."""
+        table = attention.token_table(self.opened, self.chosen.main, samples)
+        return tagged(table, self.opened.samples["instruction"])
+
+    def shares_of(self, samples: np.ndarray, layer_s: np.ndarray) -> np.ndarray:
+        """The same shares of any samples, at a layer of each by its place among the proxy's layers.
+
+        Raises
+        ------
+        Refusal
+            When only the attention summed over tokens was kept.
+        """
+        main = self.chosen.main
+        if not main.by_token:
+            raise Refusal(
+                f"derived/{main.name} is summed over tokens: run `python -m probes attend` with --keep tokens for it"
+            )
+        asked_s = np.full(len(layer_s), -1)
+        asked_s[samples] = layer_s[samples]
+        found = concentration.shares(self.opened.derived[main.name], self.decisive(main).decisive_h, asked_s)
+        return found.isel(sample=samples).values
+
     def top(self, count: int) -> pl.DataFrame:
         """The instruction's most read tokens at l* of each reported sample, see ``concentration.top``."""
-        return concentration.top(
-            concentration.among(self.shares_nt, self.reported, self.words), self.reported, self.words, count
-        )
+        spoken_nt = concentration.among(self.shares_nt, self.reported, self.words)
+        return concentration.top(spoken_nt, self.reported, self.words, count)
+
+    def ranked_tokens(self, everyone: bool) -> pl.DataFrame:
+        """All tokens of the reported samples, or of every sample with attention, most read at l* first."""
+        l_star_s = self.votes(self.chosen.main).l_star_s
+        samples = np.flatnonzero(l_star_s >= 0) if everyone else self.reported
+        share_nt = self.shares_of(samples, l_star_s) if everyone else self.shares_nt
+        tokens = self.tokens_of(samples) if everyone else self.tokens
+        return concentration.top(share_nt, samples, tokens, share_nt.shape[1])
+
+    def voted_by(self, proxies: Sequence[Written]) -> pl.DataFrame:
+        """The votes of several proxies on every sample: ``sample``, ``seed``, ``l_star``."""
+        samples = np.arange(len(self.parts_s))
+        parts = []
+        for one in proxies:
+            names = np.array([*self.census(one).layers, None], object)[self.votes(one).l_star_s]
+            l_star = pl.Series("l_star", names.tolist(), dtype=pl.String)
+            parts.append(pl.DataFrame({"sample": samples, "seed": one.seed}).with_columns(l_star))
+        return pl.concat(parts)

@@ -20,6 +20,7 @@ What is asked
     ``boxes``        IoU, GIoU, distances, containment, and the loss
 Training
     ``data``         which samples, in which order; batches of states, each read from disk once
+    ``marked``       prompt tokens that a probe is trained without
     ``stacked``      P probes of one shape in stacked tensors, each computed as if it were alone
     ``qformer``      the proxy; its cross-attention a[h, q, l, i] on request
     ``pooled``       simpler probes: linear, MLP, attention pooling
@@ -46,7 +47,7 @@ What a run leaves
 ``results.parquet``      tidy: value, low, high and n per probe, seed (null: over all), data, stratum, step and metric
 ``comparisons.parquet``  probes against each other on the same images: difference, interval, p, corrected p
 ``predictions.parquet``  one row per probe, seed and test image: box in [0, 1], class or number, and the true one
-``about.parquet``        one row per probe: role, layers, tokens, kind, target, labels, source, share, keys
+``about.parquet``        one row per probe: role, layers, tokens, kind, target, labels, source, share, keys …
 ``floors.parquet``       what answers without training say; ``data/`` has the samples that were asked about
 ``sweep.json``           settings, store identity, samples, code, versions, command
 ``proxies/NAME-seedK/``  a probe each: ``probe.safetensors`` (weights), ``probe.json`` (spec, seed, all that made it,

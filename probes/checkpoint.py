@@ -39,8 +39,8 @@ DRAFT = ".draft"
 
 
 def key_of(study: Study) -> str:
-    """What must be the same for weights to be trained on: settings, precision, store and samples."""
-    return hash_json([study.config.settings, provenance.store_of(study)])
+    """What must be the same for weights to be trained on: settings, precision, store, samples, tokens left out."""
+    return hash_json([study.config.settings, provenance.store_of(study), *study.left_out.values()])
 
 
 def name_of(job: Job) -> str:

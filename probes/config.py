@@ -26,7 +26,7 @@ WHERE = frozenset({"store", "out", "preset", "seeds", "memory", "device", "threa
 """Fields that say where and how much is run, not what a probe is: they may differ between runs into one folder."""
 
 CHOICE = frozenset(
-    {"parts", "layers", "prompt_layers", "random_weights", "shuffled_images", "tokens", "probe", "labels"}
+    {"parts", "layers", "prompt_layers", "random_weights", "shuffled_images", "tokens", "probe", "labels", "without"}
 )
 """Fields that say which probes are trained, which every probe's own spec says, too."""
 
@@ -164,6 +164,9 @@ class TrainConfig(Recipe):
     """Tokens that it reads: all, image, text, or a kind of the token table such as instruction."""
     labels: Literal["true", "permuted", "control"] = "true"
     """The samples' own answers, each other's, or one drawn per type of input."""
+    without: str | None = None
+    """Derived array of the store (sample, token) over its prompt tokens; those at which it is not zero are left out, in
+    training as in testing. Samples of which it says nothing (NaN), or leaves nothing, are left out whole."""
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from probes import marked
 from probes.specs import ORDINARY, seen
 from probes.stacked import View
 from store.errors import Refusal
@@ -113,18 +114,34 @@ class Source:
         """Image tokens of every sample of this store, int64."""
         return self.store.plan.samples["n_image"].to_numpy().astype(np.int64)
 
-    def slots(self, tokens: str) -> tuple[np.ndarray, np.ndarray]:
-        """Where a sample's tokens of a kind are among its states (image, then text): places (s, t), counts (s,)."""
-        if tokens not in self._slots:
-            self._slots[tokens] = self._find(tokens)
-        return self._slots[tokens]
+    @cached_property
+    def n_text(self) -> np.ndarray:
+        """Prompt tokens of every sample of this store, int64."""
+        return self.store.plan.samples["n_text"].to_numpy().astype(np.int64)
+
+    def slots(self, tokens: str, without: str | None = None) -> tuple[np.ndarray, np.ndarray]:
+        """Where a sample's tokens of a kind are among its states (image, then text): places (s, t), counts (s,).
+
+        Those that derived array ``without`` marks are none; where it says nothing of a sample, the sample has none.
+
+        Raises
+        ------
+        Refusal
+            When the store has no token of that kind, or no such array over its prompt tokens.
+        """
+        if (tokens, without) not in self._slots:
+            found = self._find(tokens)
+            if without is not None:
+                found = marked.unmarked(*found, marked.marks(self.store, without), self.n_image, self.n_text)
+            self._slots[tokens, without] = found
+        return self._slots[tokens, without]
 
     @cached_property
-    def _slots(self) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+    def _slots(self) -> dict[tuple[str, str | None], tuple[np.ndarray, np.ndarray]]:
         return {}
 
     def _find(self, tokens: str) -> tuple[np.ndarray, np.ndarray]:
-        n_text = self.store.plan.samples["n_text"].to_numpy().astype(np.int64)
+        n_text = self.n_text
         counts = {"image": self.n_image, "text": n_text, "all": self.n_image + n_text}.get(tokens)
         if counts is not None:
             first = self.n_image if tokens == "text" else np.zeros_like(counts)
@@ -232,7 +249,7 @@ class Views:
     def __init__(self, feed: Feed, read: Read, device: str, dtype: torch.dtype):
         self.feed, self.read, self.device, self.dtype = feed, read, device, dtype
         self._normalised: dict[str, Tensor] = {}
-        self._chosen: dict[tuple[str, str], tuple[Tensor, Tensor | None]] = {}
+        self._chosen: dict[tuple[str, str, str | None], tuple[Tensor, Tensor | None]] = {}
 
     def normalised(self, source: str) -> Tensor:
         """All states of a source, mean 0 and variance 1 over the width: (l, b, t, w)."""
@@ -256,15 +273,15 @@ class Views:
             f"{names[0]}: `python -m store verify` lists them; extract them again"
         )
 
-    def chosen(self, source: str, tokens: str) -> tuple[Tensor, Tensor | None]:
+    def chosen(self, source: str, tokens: str, without: str | None = None) -> tuple[Tensor, Tensor | None]:
         """Tokens of a kind (l, b, t, w), and where they are padding, as 0 and −inf (b, t); None if nowhere."""
-        if (source, tokens) not in self._chosen:
+        if (source, tokens, without) not in self._chosen:
             origin, states_lbtw = self.feed.sources[source], self.normalised(source)
             samples = origin.position_s[self.read.samples]
-            places_bt, counts_b = (part[samples] for part in origin.slots(tokens))
+            places_bt, counts_b = (part[samples] for part in origin.slots(tokens, without))
             longest = counts_b.max()
             inside_bt = np.arange(-(-longest // ALIGNED) * ALIGNED) < counts_b[:, None]
-            if tokens == self.feed.tokens:
+            if tokens == self.feed.tokens and without is None:
                 missing = inside_bt.shape[1] - states_lbtw.shape[2]
                 states_lbtw = functional.pad(states_lbtw, (0, 0, 0, missing)) if missing else states_lbtw
             else:
@@ -278,14 +295,21 @@ class Views:
             closed_bt = None
             if not inside_bt.all():
                 closed_bt = torch.from_numpy(np.where(inside_bt, np.float32(0), np.float32(-np.inf))).to(self.device)
-            self._chosen[source, tokens] = states_lbtw, closed_bt
-        return self._chosen[source, tokens]
+            self._chosen[source, tokens, without] = states_lbtw, closed_bt
+        return self._chosen[source, tokens, without]
 
-    def view(self, source: str, tokens: str, groups: Sequence[Sequence[str]], keys: int | None) -> View:
+    def view(
+        self,
+        source: str,
+        tokens: str,
+        groups: Sequence[Sequence[str]],
+        keys: int | None,
+        without: str | None = None,
+    ) -> View:
         """The states that each group of a stack reads: its layers together."""
         held = list(self.feed.layers[source])
         index_gl = [[held.index(name) for name in layers] for layers in groups]
-        states_lbtw, closed_bt = self.chosen(source, tokens)
+        states_lbtw, closed_bt = self.chosen(source, tokens, without)
         flat = [place for places in index_gl for place in places]
         if flat == list(range(flat[0], flat[0] + len(flat))):
             taken = states_lbtw[flat[0] : flat[0] + len(flat)]
@@ -295,7 +319,8 @@ class Views:
         states_glbtw = taken.view(g, l, *taken.shape[1:])
         if keys is None:
             return View(states_glbtw, None if closed_bt is None else closed_bt.expand(g, l, -1, -1))
-        counts_b = self.feed.sources[source].slots(tokens)[1][self.feed.sources[source].position_s[self.read.samples]]
+        origin = self.feed.sources[source]
+        counts_b = origin.slots(tokens, without)[1][origin.position_s[self.read.samples]]
         index_lbt = torch.from_numpy(drawn(self.read.samples, counts_b, l, keys // l)).to(self.device).transpose(0, 1)
         index = index_lbt[None, ..., None].expand(g, -1, -1, -1, states_glbtw.shape[-1])
         return View(states_glbtw.gather(3, index), None)

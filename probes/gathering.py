@@ -97,7 +97,7 @@ def about(jobs: list[Job], floors: pl.DataFrame) -> pl.DataFrame:
     constants = [floor_of(name, target).spec for name, target in pairs]
     specs = dict.fromkeys([*constants, *(job.spec for job in jobs)])
     rows = [{"probe": spec.name, "layer": spec.layer} | asdict(spec) | {"layers": list(spec.layers)} for spec in specs]
-    return pl.DataFrame(rows, infer_schema_length=None).drop("name").with_columns(pl.col("keys").cast(pl.Int64))
+    return pl.DataFrame(rows, infer_schema_length=None).drop("name").cast({"keys": pl.Int64, "without": pl.String})
 
 
 def shifts(out: Path) -> Iterator[str]:

@@ -50,7 +50,8 @@ class Job:
     def shape(self) -> tuple:
         """Jobs of one shape can be stacked, and of one shape and the same layers read the same."""
         spec = self.spec
-        return (spec.kind, spec.source, spec.tokens, spec.target, spec.share, spec.keys, len(spec.layers))
+        read = (spec.source, spec.tokens, spec.without, spec.keys, len(spec.layers))
+        return (spec.kind, *read, spec.target, spec.share)
 
 
 def layers_of(jobs: Sequence[Job], source: str, order: Sequence[str]) -> list[str]:
@@ -123,7 +124,8 @@ class Stack:
 
     def raw(self, views: Views) -> Tensor:
         """Raw outputs (p, b, o) of all its probes."""
-        view = views.view(self.spec.source, self.spec.tokens, self.groups, self.spec.keys)
+        spec = self.spec
+        view = views.view(spec.source, spec.tokens, self.groups, spec.keys, spec.without)
         with self._mixed():
             return self.model(view)
 

@@ -31,7 +31,8 @@ def begin(study: "Study", jobs: Sequence[Job]) -> None:
     Raises
     ------
     Refusal
-        When the folder's probes are of another store, other samples or other settings.
+        When the folder's probes are of another store, other samples or other settings, or were trained without other
+        tokens.
     """
     out, path = study.config.out, study.config.out / PROVENANCE
     now = json.loads(json.dumps({"settings": study.config.settings, "store": store_of(study)}))
@@ -50,7 +51,13 @@ def begin(study: "Study", jobs: Sequence[Job]) -> None:
                         "give another --out"
                     )
     for job in jobs:
-        finished(out, job)
+        if finished(out, job) and job.spec.without:
+            kept = trained.read_job(trained.folder_of(out, job))[1].get("without", {})
+            if kept.get("hash") != study.left_out[job.spec.without]["hash"]:
+                raise Refusal(
+                    f"{trained.folder_of(out, job)} was trained without other tokens than derived/{job.spec.without} "
+                    "marks now: give another --out"
+                )
     told = now | {
         "command": ["python", "-m", "probes", *sys.argv[1:]],
         "preset": study.config.preset,
@@ -79,7 +86,8 @@ def store_of(study: "Study") -> dict[str, Any]:
 def making(study: "Study", job: Job) -> dict[str, Any]:
     """Everything that made a probe, for its ``probe.json``."""
     config, source = study.config, study.sources[job.spec.source]
-    return {
+    left_out = {"without": study.left_out[job.spec.without]} if job.spec.without else {}
+    return left_out | {
         "sizes": config.sizes(job.spec.kind),
         "width": source.store.plan.width,
         "target": study.targets[job.spec.target].describe(),

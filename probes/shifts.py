@@ -81,8 +81,8 @@ def ask(out: Path, on: str) -> None:
     usable = source.usable_s & ~table["sample_id"].is_in(trained_on(out).to_list()).to_numpy()
     for target in known.values():
         usable &= target.known
-    for tokens in dict.fromkeys(job.spec.tokens for job in jobs):
-        usable &= source.slots(tokens)[1] > 0
+    for tokens, without in dict.fromkeys((job.spec.tokens, job.spec.without) for job in jobs):
+        usable &= source.slots(tokens, without)[1] > 0
     samples = np.flatnonzero(usable)
     if not len(samples):
         raise Refusal(f"{place} has no sample with states and an answer that the probes were not trained on")
@@ -165,7 +165,7 @@ def answers_for(
             views = Views(feed, read, "cpu", torch.float32)
             for part, groups, model in stacks:
                 spec = part[0].spec
-                raw_pbo = model(views.view(of, spec.tokens, groups, spec.keys))
+                raw_pbo = model(views.view(of, spec.tokens, groups, spec.keys, spec.without))
                 for job, raw_bo in zip(part, raw_pbo, strict=True):
                     found[job].append(raw_bo)
             bar.update(len(read.samples))

@@ -51,6 +51,8 @@ class Spec:
     """Share of the train split that it sees."""
     keys: int | None = None
     """(layer, token) pairs of a sample that it sees, drawn evenly over the layers; all if not given."""
+    without: str | None = None
+    """Derived array that marks the prompt tokens that it does not see; see ``probes.marked``."""
 
     @property
     def layer(self) -> str:
@@ -100,16 +102,23 @@ def one(config: TrainConfig, layers: Sequence[str]) -> Spec:
     Raises
     ------
     Refusal
-        When the settings name no layer, one twice, or one that the store does not hold.
+        When the settings name no layer, one twice, or one that the store does not hold, or leave out prompt tokens of a
+        probe that reads none.
     """
     unknown = [name for name in config.layers if name not in layers]
     if unknown or not config.layers:
         raise Refusal(f"--layers names {', '.join(unknown) or 'none'}; the store holds {', '.join(layers)}")
     once("layers", config.layers)
+    if config.without and config.tokens == "image":
+        raise Refusal(f"--without {config.without} leaves out prompt tokens, and --tokens image reads none")
     role: Role = "control" if config.labels != "true" else "layer" if len(config.layers) == 1 else "other"
     prefix = config.labels if config.labels != "true" else "layer" if len(config.layers) == 1 else "joint"
+    spec = Spec("", role, config.layers, config.tokens, config.probe, config.target, config.labels)
     name = named(prefix, config.layers, config.tokens)
-    return Spec(name, role, config.layers, config.tokens, config.probe, config.target, config.labels)
+    if config.without:
+        # It is neither the layer's probe nor a control of it, which tables would take it for.
+        return replace(spec, name=f"{name}-without-{config.without}", role="other", without=config.without)
+    return replace(spec, name=name)
 
 
 def left_out(config: SweepConfig, layers: Sequence[str], text_tokens: int) -> Iterator[str]:

@@ -2,13 +2,13 @@
 
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 import torch
 
-from probes import data, targets
+from probes import data, marked, targets
 from probes.config import Recipe
 from probes.data import Source, Split
 from probes.learn import Job, layers_of
@@ -30,6 +30,8 @@ class Study:
     """By name; the one that the settings name first."""
     types: np.ndarray
     """Types of input for the control task, int64 (s,)."""
+    left_out: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """What the derived arrays are whose tokens some probes do without, JSON-able, by name."""
 
     @property
     def store(self) -> Any:
@@ -97,13 +99,15 @@ def make_study(config: Recipe, opened: Any, controls: dict[str, Any], jobs: Sequ
         usable = usable & source.usable_s
         if not usable.any():
             raise Refusal(f"{source.store.place} ({name}) has none of the samples of {opened.place} that can be used")
-        for tokens in dict.fromkeys(job.spec.tokens for job in jobs if job.spec.source == name):
+        for tokens, without in dict.fromkeys((j.spec.tokens, j.spec.without) for j in jobs if j.spec.source == name):
             # A sample without such a token has nothing to be read.
-            usable = usable & (source.slots(tokens)[1][source.position_s] > 0)
+            usable = usable & (source.slots(tokens, without)[1][source.position_s] > 0)
     found = data.split(table, usable, config.watch, config.order_seed, opened.place)
     if config.batch > len(found.train):
         raise Refusal(
             f"--batch {config.batch} is more than the {len(found.train)} train samples of {opened.place} that can be "
             f"used: give --batch {len(found.train)} or less"
         )
-    return Study(config, sources, found, asked, data.input_types(table))
+    marks = dict.fromkeys(job.spec.without for job in jobs if job.spec.without)
+    described = {name: marked.describe(opened, name) for name in marks}
+    return Study(config, sources, found, asked, data.input_types(table), described)

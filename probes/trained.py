@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -54,14 +55,14 @@ class TrainedProbe:
         """sha256 (hex) of its weights file: what ties derived arrays to it."""
         return _sha256((self.folder / WEIGHTS).read_bytes())
 
-    def view(self, states_sltw: Tensor, mask_st: Tensor) -> View:
-        """States as ``Store.read`` gives them, as the model reads them.
+    def view(self, states_sltw: Tensor, mask: Tensor) -> View:
+        """States as ``Store.read`` gives them, as the model reads them; ``mask`` as of ``predict_states``.
 
         Raises
         ------
         Refusal
-            When the states have another number of layers or another width than the probe was trained on, or a sample
-            has no token.
+            When the states have another number of layers or another width than the probe was trained on, the mask is
+            not of their shape, or a sample has no token.
         """
         layers, width = len(self.spec.layers), self.making["width"]
         if states_sltw.ndim != 4 or states_sltw.shape[1] != layers or states_sltw.shape[3] != width:
@@ -69,23 +70,41 @@ class TrainedProbe:
                 f"probe {self.spec.name} reads states (sample, {layers} layers {', '.join(self.spec.layers)}, token, "
                 f"{width}) and was given {tuple(states_sltw.shape)}"
             )
-        if not mask_st.any(1).all():
-            raise Refusal(f"sample {int((~mask_st.any(1)).nonzero()[0])} has no token of kind {self.spec.tokens!r}")
-        device = next(self.model.parameters()).device
-        states = functional.layer_norm(states_sltw.to(device).float(), (width,)).transpose(0, 1)[None]
-        closed = torch.zeros(mask_st.shape).masked_fill_(~mask_st.cpu(), -torch.inf).to(device)
-        return View(states, closed.expand(1, layers, -1, -1))
+        closed_glbt = self.closed(mask, states_sltw.shape[:3])
+        device = closed_glbt.device
+        return View(functional.layer_norm(states_sltw.to(device).float(), (width,)).transpose(0, 1)[None], closed_glbt)
+
+    def closed(self, mask: Tensor, shape_slt: Sequence[int]) -> Tensor:
+        """A mask over states of ``shape_slt`` as a ``View`` has it: 0 where it is True, else −inf, (1, l, s, t).
+
+        Raises
+        ------
+        Refusal
+            When the mask is not of that shape, or closes all of a sample.
+        """
+        s, layers, t = shape_slt
+        if mask.shape not in ((s, t), (s, layers, t)):
+            raise Refusal(
+                f"a mask of {tuple(mask.shape)} is none of states {tuple(shape_slt)}: give (sample, token) or (sample, "
+                "layer, token)"
+            )
+        open_s = mask.flatten(1).any(1)
+        if not open_s.all():
+            raise Refusal(f"sample {int((~open_s).nonzero()[0])} has no token of kind {self.spec.tokens!r}")
+        closed = torch.zeros(mask.shape).masked_fill_(~mask.cpu(), -torch.inf).to(next(self.model.parameters()).device)
+        return closed.expand(1, layers, -1, -1) if mask.ndim == 2 else closed.transpose(0, 1)[None]
 
     @torch.inference_mode()
-    def predict_states(self, states_sltw: Tensor, mask_st: Tensor, *, attention: bool = False) -> Any:
+    def predict_states(self, states_sltw: Tensor, mask: Tensor, *, attention: bool = False) -> Any:
         """Answers for samples whose states are given.
 
         Parameters
         ----------
         states_sltw : Tensor
             States at ``spec.layers``, in that order, any float dtype: (sample, VLM layer, token, width).
-        mask_st : Tensor, bool
-            True at the tokens that it may read: those of kind ``spec.tokens``.
+        mask : Tensor, bool
+            True at the tokens that it may read, those of kind ``spec.tokens``: (s, t), or (s, l, t) where they differ
+            between layers. What is closed gets no attention, which goes elsewhere.
         attention : bool
             Also return the cross-attention a[h, q, l, i] of every sample, float32 (s, h, q, l, t), h = (proxy layer,
             head) with the layer outermost. Only a Q-Former has one.
@@ -102,7 +121,11 @@ class TrainedProbe:
         """
         if attention and self.spec.kind != "qformer":
             raise Refusal(f"probe {self.spec.name} is of kind {self.spec.kind}: only a qformer has cross-attention")
-        view = self.view(states_sltw, mask_st)
+        return self.answer(self.view(states_sltw, mask), attention=attention)
+
+    @torch.inference_mode()
+    def answer(self, view: View, *, attention: bool = False) -> Any:
+        """Answers to what ``view`` shows, as of ``predict_states``; for who asks again with other tokens closed."""
         found = self.model(view, attention=True) if attention else self.model(view)
         raw = (found[0] if attention else found)[0].cpu()
         answers = targets.read(self.making["target"], raw)
@@ -160,13 +183,19 @@ class TrainedProbe:
         return (answer, found[1][0]) if attention else answer
 
     def refuse_drawn(self, what: str) -> None:
-        """Refuse to do ``what`` with a probe that reads a matched number of drawn tokens.
+        """Refuse to do ``what`` with a probe that reads a matched number of drawn tokens, or does without marked ones.
 
         Raises
         ------
         Refusal
-            When ``spec.keys`` is set: which tokens were drawn is known for the samples of its own store only.
+            When ``spec.keys`` or ``spec.without`` is set: which tokens are read is known for the samples of its own
+            store only.
         """
+        if self.spec.without is not None:
+            raise Refusal(
+                f"probe {self.spec.name} does without the tokens that derived/{self.spec.without} marks in its store "
+                f"and cannot {what}: take one that reads all of them"
+            )
         if self.spec.keys is not None:
             raise Refusal(
                 f"probe {self.spec.name} reads {self.spec.keys} keys drawn from the tokens of its store's samples and "

@@ -122,7 +122,7 @@ class Wave:
         """A batch as the stacks see it, prepared before they ask at the same time."""
         views = Views(self.feed, read, self.study.device, self.stacks[0].dtype)
         for stack in self.stacks:
-            views.chosen(stack.spec.source, stack.spec.tokens)
+            views.chosen(stack.spec.source, stack.spec.tokens, stack.spec.without)
         return views
 
     def train(self) -> data.Told:

@@ -43,7 +43,7 @@ def test_shares_within_l_star_are_those_of_plain_loops(study, expected):
 
 def test_the_same_at_another_layer_is_another_layers(place, study):
     whole = store.open(place).derived["attention-true-0"].values.astype(np.float64)
-    found = study.shares_at(np.zeros(N, int))
+    found = study.shares_of(study.reported, np.zeros(N, int))
     for share, s in zip(found, study.reported, strict=True):
         np.testing.assert_allclose(share, plain.token_shares(whole[s], DECISIVE, 0), rtol=1e-5)
 
