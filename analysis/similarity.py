@@ -154,8 +154,8 @@ def table(grams: dict[str, Grams], seed: int, source: str) -> pl.DataFrame:
 
 
 def steps(pairs: pl.DataFrame) -> pl.DataFrame:
-    """The pairs of layers that follow each other, of one source and view; the norm after the last is no step."""
-    layers = [layer for layer in pairs["a"].unique(maintain_order=True) if layer != "final"]
+    """The pairs of blocks that follow each other, of one source and view, in the order of the pass."""
+    layers = [layer for layer in pairs["a"].unique(maintain_order=True) if layer.isdecimal()]
     following = pl.DataFrame({"a": layers[:-1], "b": layers[1:]}, schema={"a": pl.String, "b": pl.String})
     return following.join(pairs, on=["a", "b"], how="inner", maintain_order="left")
 
@@ -170,13 +170,11 @@ def answer(found: pl.DataFrame) -> str:
             continue
         layers = pairs["a"].unique(maintain_order=True).to_list()
         whole = pairs.filter(a=layers[0], b=layers[-1]).row(0, named=True)
-        line = (
-            f"{name[0].upper() + name[1:]}: CKA of {layers[0]} and {layers[-1]} is {_ends(whole)}; the largest step is "
-            f"from {_step(pairs)}"
-        )
+        line = f"{name[0].upper() + name[1:]}: CKA of {layers[0]} and {layers[-1]} is {_ends(whole)}{_step(pairs)}"
         drawn = found.filter(view=view, labels="true", source="random-weights").drop_nulls("value")
-        if drawn["a"].n_unique() > 1:
-            line += f" (random weights: {_step(drawn)})"
+        if (low := drawn.sort("value").head(1)).height:
+            row = low.row(0, named=True)
+            line += f"; random weights, the least alike are {row['a']} and {row['b']}, {_ends(row)}"
         floor = shuffled["value"].abs().max()
         said.append(f"{line}; images shuffled, at most {floor:.2f} either way; n = {whole['images']:,} images.")
     return " ".join(said) or "No two layers vary over enough images to be compared."
@@ -188,5 +186,8 @@ def _ends(row: dict) -> str:
 
 
 def _step(pairs: pl.DataFrame) -> str:
-    row = steps(pairs).sort("value").row(0, named=True)
-    return f"{row['a']} to {row['b']}, CKA {_ends(row)}"
+    found = steps(pairs).sort("value")
+    if found.is_empty():
+        return ""
+    row = found.row(0, named=True)
+    return f"; the largest step from block to block is from {row['a']} to {row['b']}, {_ends(row)}"

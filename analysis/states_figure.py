@@ -3,6 +3,7 @@
 Shape suffixes: ``l`` layer.
 """
 
+import textwrap
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,8 +19,13 @@ from analysis.similarity import NAMES, VIEWS, steps
 
 NORMS, CKA, POSITION, LENS = (f"figure-7-states-{name}" for name in ("norms", "cka", "position", "lens"))
 
-KIND_LOOKS = {"image": (0.0, "o", "-"), "instruction": (0.5, "s", (0, (4, 1.5))), "template": (0.85, "^", (0, (1, 1)))}
-"""Kind of token → its place in cividis, its marker and its dashes."""
+DARK, LIGHT = matplotlib.colormaps["cividis"]([0.0, 0.8])
+KIND_LOOKS = {
+    "image": (DARK, "o", "-"),
+    "instruction": (style.ACCENT, "s", (0, (4, 1.5))),
+    "template": (LIGHT, "^", (0, (1, 1))),
+}
+"""Kind of token → colour, marker and dashes."""
 RANDOM = "random weights"
 WORDS, ROWS = 10, 14
 """Words and layers of an instruction that a readable table has room for."""
@@ -31,17 +37,18 @@ def norms(table: pl.DataFrame, out: Path, making: Mapping[str, Any]) -> str:
     with style.styled():
         figure, (left, right) = panels(2, title_of_norms(own, layers))
         for axes, metric in ((left, "mean"), (right, "top4")):
-            ends = []
-            for kind, (shade, marker, dashes) in KIND_LOOKS.items():
+            ends, others = [], []
+            for kind, (colour, marker, dashes) in KIND_LOOKS.items():
                 rows = own.filter(metric=metric, kind=kind)
                 if rows.height:
-                    colour = matplotlib.colormaps["cividis"](shade)
                     line(axes, rows, layers, colour, marker, dashes)
                     ends.append((rows["value"][-1], kind, colour))
                 drawn = table.filter(source="random-weights", metric=metric, kind=kind)
                 if drawn.height:
                     line(axes, drawn, layers, style.QUIET, marker, dashes, 0.7)
-                    ends.append((drawn["value"][-1], f"{kind}, {RANDOM}", style.QUIET))
+                    others.append(drawn["value"][-1])
+            if others:
+                ends.append((float(np.median(others)), RANDOM, style.QUIET))
             if metric == "mean":
                 axes.set_yscale("log")
                 label_log_ends(axes, len(layers) - 0.7, ends)
@@ -57,19 +64,17 @@ def norms(table: pl.DataFrame, out: Path, making: Mapping[str, Any]) -> str:
         said = f"n = {n['images']:,} images. Bands are 95 % bootstrap intervals over images."
         note(figure, said)
         style.save(figure, out, NORMS, table, making)
-    return f"Left: mean L2 norm by layer and kind of token. Right: share of the squared norm in the top 4 dimensions. {said}"
+    return f"Left: mean L2 norm by layer and kind of token. Right: share of the squared norm in four dimensions. {said}"
 
 
 def title_of_norms(own: pl.DataFrame, layers: Sequence[str]) -> str:
     """The growth over the blocks, and whether few dimensions carry it."""
-    kind = own["kind"][0]
+    kind = "instruction" if "instruction" in own["kind"] else own["kind"][0]
     blocks = [layer for layer in layers if layer != "final"]
-    rows = {row["layer"]: row["value"] for row in own.filter(metric="mean", kind=kind).to_dicts()}
+    values = own.filter(pl.col("layer").is_in(blocks), metric="mean", kind=kind)["value"]
     top = own.filter(metric="top4").sort("value").row(-1, named=True)
-    return (
-        f"{kind.capitalize()} states grow {rows[blocks[-1]] / rows[blocks[0]]:.1f} × from {blocks[0]} to block "
-        f"{blocks[-1]}; four dimensions hold up to {top['value']:.0%} ({top['kind']}, {top['layer']})"
-    )
+    grown = f"{kind.capitalize()} states grow {values[-1] / values[0]:.3g} × from {blocks[0]} to {named(blocks[-1])}"
+    return f"{grown}; four dimensions hold up to {top['value']:.0%} ({top['kind']}, {named(top['layer'])})"
 
 
 def cka(pairs: pl.DataFrame, out: Path, making: Mapping[str, Any]) -> str:
@@ -78,7 +83,7 @@ def cka(pairs: pl.DataFrame, out: Path, making: Mapping[str, Any]) -> str:
     layers = own["a"].unique(maintain_order=True).to_list()
     with style.styled():
         figure = Figure(figsize=(11.5, 4.9))
-        figure.subplots_adjust(left=0.06, right=0.9, top=0.74, bottom=0.13, wspace=0.22)
+        figure.subplots_adjust(left=0.06, right=0.9, top=0.72, bottom=0.13, wspace=0.22)
         maps = figure.subplots(1, len(VIEWS))
         for axes, view in zip(maps, VIEWS, strict=True):
             values_ll = own.filter(view=view)["value"].to_numpy().astype(float).reshape(len(layers), len(layers))
@@ -110,11 +115,11 @@ def title_of_cka(own: pl.DataFrame) -> str:
     """Where the instruction's states turn most."""
     found = {view: steps(own.filter(view=view)).drop_nulls("value").sort("value") for view in VIEWS[:2]}
     said = [
-        f"{view} states between {rows['a'][0]} and {rows['b'][0]} (CKA {rows['value'][0]:.2f})"
+        f"{view} states turn most from block {rows['a'][0]} to {rows['b'][0]} (CKA {rows['value'][0]:.2f})"
         for view, rows in found.items()
         if rows.height
     ]
-    return f"Largest steps from layer to layer: {', '.join(said)}" if said else "Too few layers or images for CKA"
+    return f"{said[0][0].upper()}{'; '.join(said)[1:]}" if said else "Which layers are alike: linear CKA"
 
 
 def note_of_cka(pairs: pl.DataFrame) -> str:
@@ -176,14 +181,13 @@ def places(table: pl.DataFrame, out: Path, making: Mapping[str, Any]) -> str:
 
 def title_of_places(table: pl.DataFrame, asked: Sequence[str]) -> str:
     """Where both are read best."""
-    names = {"token": "patches know their own cell", "object": "words know the object's cell"}
+    names = {"token": "patches tell their cell", "object": "words tell the object's"}
     said = []
     for question in asked:
         rows = table.filter(question=question, metric="cell", source="store", labels="true")
         top, first = rows.sort("value").row(-1, named=True), rows.row(0, named=True)
-        said.append(
-            f"{names[question]} best at {top['layer']} ({top['value']:.2f}; {first['layer']} {first['value']:.2f})"
-        )
+        best = f"best at {named(top['layer'])}: {top['value']:.2f}"
+        said.append(f"{names[question]} {best} ({first['layer']} {first['value']:.2f})")
     joined = "; ".join(said)
     return joined[0].upper() + joined[1:]
 
@@ -193,7 +197,7 @@ def lens(table: pl.DataFrame, readings: pl.DataFrame, out: Path, making: Mapping
     own, layers = table.filter(source="store"), in_order(table)
     with style.styled():
         figure = Figure(figsize=(11.5, 5.2))
-        figure.subplots_adjust(left=0.06, right=0.98, top=0.78, bottom=0.13, wspace=0.42)
+        figure.subplots_adjust(left=0.07, right=0.98, top=0.75, bottom=0.17, wspace=0.42)
         left, right = figure.subplots(1, 2, width_ratios=[1, 1.55])
         ends = []
         looks = {
@@ -219,7 +223,7 @@ def lens(table: pl.DataFrame, readings: pl.DataFrame, out: Path, making: Mapping
         said = f"n = {n['n']:,} tokens of {n['images']:,} images. Bands are 95 % bootstrap intervals over images."
         note(figure, f"Left: {said} Right: the likeliest next token of one sample; lighter is more probable.")
         style.save(figure, out, LENS, pl.concat([table, readings], how="diagonal"), making)
-    return f"Left: log-probability of the true next token by layer. {said} Right: what each layer would say after each word."
+    return f"Left: log-probability of the true next token by layer. {said} Right: what each layer would say next."
 
 
 def draw_reading(axes: Axes, readings: pl.DataFrame, layers: Sequence[str]) -> None:
@@ -256,8 +260,8 @@ def title_of_lens(own: pl.DataFrame) -> str:
     half = agreement.filter(pl.col("value") >= 0.5).row(0, named=True)
     top1 = own.filter(metric="top1")
     return (
-        f"The head reads the last layer's word from {named(half['layer'])} on (half of the tokens); the true next one is "
-        f"likeliest for {top1['value'][-1]:.0%} at {top1['layer'][-1]}"
+        f"From {named(half['layer'])} on the head reads the last layer's word (half of the tokens); the true one leads "
+        f"for {top1['value'][-1]:.0%}"
     )
 
 
@@ -274,19 +278,20 @@ def in_order(table: pl.DataFrame) -> list[str]:
 def panels(count: int, title: str) -> tuple[Figure, Sequence[Axes]]:
     """A figure of panels beside each other, with room for labels at the right of each."""
     figure = Figure(figsize=(11.5 if count > 1 else 7.5, 4.8))
-    figure.subplots_adjust(left=0.07, right=0.86, top=0.77, bottom=0.13, wspace=0.62)
+    figure.subplots_adjust(left=0.07, right=0.88, top=0.75, bottom=0.18, wspace=0.5)
     heading(figure, title)
     return figure, figure.subplots(1, count, squeeze=False)[0]
 
 
 def heading(figure: Figure, title: str) -> None:
     """The finding in one line."""
-    figure.suptitle(title, x=0.06, y=0.97, ha="left", fontsize=12, fontweight="bold")
+    figure.suptitle(title, x=0.06, y=0.97, ha="left", fontsize=11.5, fontweight="bold")
 
 
 def note(figure: Figure, said: str) -> None:
-    """What the reader must know of the sample, under the title."""
-    figure.text(0.06, 0.9, said, fontsize=8.5, color=style.QUIET, va="top")
+    """What the reader must know of the sample, under the title, in as many lines as it takes."""
+    wide = int(figure.get_figwidth() * 14)
+    figure.text(0.06, 0.915, "\n".join(textwrap.wrap(said, wide)), fontsize=8.5, color=style.QUIET, va="top")
 
 
 def line(
