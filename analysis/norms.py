@@ -60,15 +60,16 @@ class Norms:
         Names of the layers that ``add`` is given.
     kind_m, sample_m
         Kind (see ``KINDS``) and sample of every token that ``add`` will be given, in that order; samples count from 0.
+    samples
+        How many there are.
     width
         Of a state.
     """
 
-    def __init__(self, layers: Sequence[str], kind_m: np.ndarray, sample_m: np.ndarray, width: int):
+    def __init__(self, layers: Sequence[str], kind_m: np.ndarray, sample_m: np.ndarray, samples: int, width: int):
         self.layers, self.kind_m, self.sample_m = tuple(layers), kind_m, sample_m
-        self.samples = int(sample_m.max(initial=-1)) + 1
         self.norms_lm = np.full((len(layers), len(kind_m)), np.nan, np.float32)
-        self.squares_nlkw = np.zeros((self.samples, len(layers), len(KINDS), width), np.float32)
+        self.squares_nlkw = np.zeros((samples, len(layers), len(KINDS), width), np.float32)
 
     def add(self, states_bltw: Tensor, kinds_bt: Tensor, tokens: slice, samples: slice) -> None:
         """Add a batch: float32 states, the codes of their tokens' kinds, and which tokens and samples they are."""
@@ -156,7 +157,7 @@ def quantile_ends(
     and other position measures*, 1952).
     """
     low_l, high_l = (
-        np.array([np.quantile(row, share) for row, share in zip(norms_lm, shares_l, strict=True)])
+        np.array([np.quantile(row, min(share, 1)) for row, share in zip(norms_lm, shares_l, strict=True)])
         for shares_l in (low_l, high_l)
     )
     return middle_l, np.minimum(low_l, middle_l), np.maximum(high_l, middle_l)

@@ -8,6 +8,7 @@ width, ``c`` class.
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import polars as pl
@@ -90,7 +91,7 @@ class Decoder:
         self._sums = [Ridge(width, 2 * CLASSES) for _ in range(layers)]
         self._solved: list[tuple[np.ndarray, np.ndarray]] | None = None
         self.told: list[np.ndarray] = []
-        """Predicted cells of each piece, int64 (2, l, n): by the true cells, and by the shuffled ones."""
+        """Predicted cells of each piece, int8 (2, l, n): by the true cells, and by the shuffled ones."""
 
     @property
     def taught(self) -> bool:
@@ -114,43 +115,55 @@ class Decoder:
                 for states_nw, (weights, offset) in zip(states_lnw, self._solved, strict=True)
             ]
         )
-        self.told.append(np.stack([scores_lno[..., :CLASSES].argmax(-1), scores_lno[..., CLASSES:].argmax(-1)]))
+        told_2ln = np.stack([scores_lno[..., :CLASSES].argmax(-1), scores_lno[..., CLASSES:].argmax(-1)])
+        self.told.append(told_2ln.astype(np.int8))
 
 
-def table(
-    question: str,
-    layers: Sequence[str],
-    told_2ln: np.ndarray,
-    true_n: np.ndarray,
-    images_n: np.ndarray,
-    taught: tuple[np.ndarray, int],
-) -> pl.DataFrame:
-    """Accuracies, tidy: ``question, layer, labels, metric, value, low, high, n, images, taught``.
+@dataclass
+class Asked:
+    """A question, its true answers, and what the layers told."""
 
-    ``labels`` are true, shuffled, or most-frequent (the commonest cell of what was taught, the same at any layer).
-    ``metric`` is ``cell``, or its ``row`` or ``column`` alone.
+    question: str
+    """Of ``QUESTIONS``."""
+    true_n: np.ndarray
+    """True cells of the states that are asked."""
+    images_n: np.ndarray
+    """Their images (int ≥ 0), which are drawn whole."""
+    taught_n: np.ndarray
+    """Cells that were taught."""
+    teachers: int
+    """Of how many images."""
+    told: list[np.ndarray] = field(default_factory=list)
+    """As ``Decoder.told`` has them, (2, l, n), of the layers in their order."""
 
-    Parameters
-    ----------
-    told_2ln
-        Cells as `Decoder.told` has them.
-    true_n, images_n
-        True cells, and the images (int ≥ 0) that are drawn whole.
-    taught
-        The cells that were taught, and of how many images.
-    """
-    commonest = int(np.bincount(taught[0], minlength=CLASSES).argmax())
-    told_kn = np.concatenate([told_2ln.reshape(-1, len(true_n)), np.full((1, len(true_n)), commonest)])
-    names = [(layer, labels) for labels in ("true", "shuffled") for layer in layers] + [(None, "most-frequent")]
-    parts = {"cell": lambda cell: cell, "row": lambda cell: cell // CELLS, "column": lambda cell: cell % CELLS}
-    right_kn = np.concatenate([part(told_kn) == part(true_n) for part in parts.values()]).astype(np.float32)
-    ends = zip(("value", "low", "high"), measured(right_kn, images_n), strict=True)
-    said = {"layer": [layer for layer, _ in names] * len(parts), "labels": [labels for _, labels in names] * len(parts)}
-    said["metric"] = np.repeat(list(parts), len(names))
-    both = pl.DataFrame(said | dict(ends), schema_overrides={"layer": pl.String})
-    n = {"n": len(true_n), "images": len(np.unique(images_n)), "taught": taught[1]}
-    both = both.with_columns(pl.lit(value, pl.Int64).alias(name) for name, value in n.items())
-    return both.select(pl.lit(question).alias("question"), pl.all())
+    def table(self, layers: Sequence[str]) -> pl.DataFrame:
+        """Accuracies, tidy: ``question, layer, labels, metric, value, low, high, n, images, taught``.
+
+        ``labels`` are true, shuffled, or most-frequent (the commonest cell of what was taught, the same at any layer);
+        minus-first and minus-last are the differences, on the same images, to the first and the last layer's true
+        ones. ``metric`` is ``cell``, or its ``row`` or ``column`` alone.
+        """
+        parts = {"cell": lambda cell: cell, "row": lambda cell: cell // CELLS, "column": lambda cell: cell % CELLS}
+        told_2ln = np.concatenate(self.told, axis=1)
+        commonest = int(np.bincount(self.taught_n, minlength=CLASSES).argmax())
+        told_kn = np.concatenate([told_2ln.reshape(-1, len(self.true_n)), np.full((1, len(self.true_n)), commonest)])
+        names = [(layer, labels) for labels in ("true", "shuffled") for layer in layers] + [(None, "most-frequent")]
+        names += [(layer, labels) for labels in ("minus-first", "minus-last") for layer in layers]
+        right = []
+        for part in parts.values():
+            own_kn = (part(told_kn) == part(self.true_n)).astype(np.float32)
+            own_ln = own_kn[: len(layers)]
+            right.append(np.concatenate([own_kn, own_ln - own_ln[:1], own_ln - own_ln[-1:]]))
+        ends = zip(("value", "low", "high"), measured(np.concatenate(right), self.images_n), strict=True)
+        said = {
+            "layer": [layer for layer, _ in names] * len(parts),
+            "labels": [labels for _, labels in names] * len(parts),
+        }
+        said["metric"] = np.repeat(list(parts), len(names))
+        both = pl.DataFrame(said | dict(ends), schema_overrides={"layer": pl.String})
+        n = {"n": len(self.true_n), "images": len(np.unique(self.images_n)), "taught": self.teachers}
+        both = both.with_columns(pl.lit(value, pl.Int64).alias(name) for name, value in n.items())
+        return both.select(pl.lit(self.question).alias("question"), pl.all())
 
 
 def best(found: pl.DataFrame, question: str, source: str = "store", metric: str = "cell") -> dict | None:
@@ -173,6 +186,8 @@ def answer(found: pl.DataFrame, absent: Mapping[str, str]) -> str:
             f"{name[0].upper() + name[1:]} is read best at {top['layer']}: accuracy {_ends(top)}; "
             f"{first['layer']} {_ends(first)}, {last['layer']} {_ends(last)}"
         )
+        gains = [rows.filter(labels=labels, layer=top["layer"]) for labels in ("minus-first", "minus-last")]
+        line += " (differences on the same images " + " and ".join(_ends(one.row(0, named=True)) for one in gains) + ")"
         common = rows.filter(labels="most-frequent").row(0, named=True)
         mixed = rows.filter(labels="shuffled", layer=top["layer"]).row(0, named=True)
         line += f". Floors: commonest cell {_ends(common)}, shuffled cells {_ends(mixed)}"

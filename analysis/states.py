@@ -107,6 +107,7 @@ def of_position(found: dict[str, Answers], chosen: Chosen, config: StatesConfig)
         {"accuracy": table},
         (
             ONE_PICTURE,
+            "The best layer is named by the images that it is reported on.",
             "What a linear classifier reads need not be used by the model.",
             "Words such as leftmost tell much of the object's cell by themselves: the embeddings are that floor.",
         ),

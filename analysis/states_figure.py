@@ -135,7 +135,7 @@ def note_of_cka(pairs: pl.DataFrame) -> str:
     drawn = pairs.filter(source="random-weights", labels="true", view="instruction").drop_nulls("value")
     if drawn.height:
         lowest = drawn.filter(pl.col("a") != "final", pl.col("b") != "final").sort("value").row(0, named=True)
-        said += f". Random weights, instruction: no pair below {lowest['value']:.2f}"
+        said += f". Random weights, instruction: the least alike pair has {lowest['value']:.2f}"
     return f"{said}."
 
 

@@ -135,6 +135,15 @@ class Tokens:
         cell_m = np.where(rank_m < position.TOKENS, cell_m, -1)
         return cls(table, kind_m, sample_m, cell_m, table["next"].to_numpy().astype(np.int64), starts)
 
+    def asked(self, half: int) -> position.Asked | None:
+        """The question where image tokens are, taught by the first ``half`` of the samples; null without places."""
+        taught_m, test_m = np.split(self.cell_m, self.starts[[half]])
+        taught_n, asked_m = taught_m[taught_m >= 0], test_m >= 0
+        if not len(taught_n) or not asked_m.any():
+            return None
+        images_n = self.sample_m[self.starts[half] :][asked_m]
+        return position.Asked("token", test_m[asked_m], images_n, taught_n, half)
+
 
 @dataclass
 class Answers:
@@ -158,14 +167,12 @@ class Answers:
 def read(opened: Store, chosen: Chosen, rows: dict[int, int], head: lens.Head | None, seed: int) -> Answers:
     """Read a store's states once, group of layers by group; ``rows`` says where it has each sample chosen."""
     own, others = (np.array([rows[row] for row in part.tolist()]) for part in (chosen.read, chosen.others))
-    tokens = Tokens.of(opened, own, seed)
-    answers = Answers()
-    halves = np.split(tokens.cell_m >= 0, tokens.starts[[chosen.half]])
-    if not all(known_m.any() for known_m in halves):
+    tokens, answers = Tokens.of(opened, own, seed), Answers()
+    places = tokens.asked(chosen.half)
+    objects = Objects.of(chosen, others, tokens)
+    if places is None:
         answers.absent["token"] = "the store has no places of image tokens"
-    cells = chosen.cells[chosen.read], chosen.cells[chosen.others]
-    taught, cells = others[cells[1] >= 0], (cells[0], cells[1][cells[1] >= 0])
-    if not (tokens.kind_m == SPOKEN).any() or not len(taught) or not (cells[0] >= 0).any():
+    if objects is None:
         answers.absent["object"] = "the store has no boxes of objects beside instructions, or no other pictures"
     if head is not None and (tokens.next_m >= 0).any():
         heard_m = (tokens.kind_m == SPOKEN) & (tokens.sample_m < LENS_SAMPLES)
@@ -173,7 +180,7 @@ def read(opened: Store, chosen: Chosen, rows: dict[int, int], head: lens.Head | 
         answers.spoken = tokens.table.filter(pl.Series(heard_m))
         answers.frequent = frequent(opened, others, head.vocabulary)
     groups = grouped(chosen.layers, opened.plan.width, len(own))
-    total = len(groups) * (len(own) + (0 if "object" in answers.absent else len(taught)))
+    total = len(groups) * (len(own) + (0 if objects is None else len(objects.rows)))
     with tqdm(total=total, unit="sample", desc=f"states of {opened.place}", leave=False) as bar:
         for layers in groups:
             group = Group(opened, layers, tokens, chosen.half, answers.heard, seed)
@@ -182,11 +189,12 @@ def read(opened: Store, chosen: Chosen, rows: dict[int, int], head: lens.Head | 
             answers.massive.append(group.lengths.massive())
             for view, grams in answers.grams.items():
                 grams.add(layers, group.views.of(view))
-            if "token" not in answers.absent:
-                answers.position.append(group.places())
-            if "object" not in answers.absent:
-                rows_slw = group.views.of("instruction")
-                answers.position.append(objects(opened, layers, taught, rows_slw, *cells, seed, bar))
+            if places is not None:
+                places.told.append(np.concatenate(group.decoder.told, axis=2))
+            if objects is not None:
+                objects.read(opened, layers, group.views.of("instruction"), seed, bar)
+    asked = [places, None if objects is None else objects.asked]
+    answers.position = [one.table(chosen.layers) for one in asked if one is not None]
     return answers
 
 
@@ -205,7 +213,7 @@ class Group:
     ):
         self.opened, self.layers, self.tokens, self.half, self.hearing = opened, layers, tokens, half, hearing
         width, samples = opened.plan.width, len(tokens.starts) - 1
-        self.lengths = norms.Norms(layers, tokens.kind_m, tokens.sample_m, width)
+        self.lengths = norms.Norms(layers, tokens.kind_m, tokens.sample_m, samples, width)
         self.views = similarity.Views(samples, len(layers), width)
         self.decoder = position.Decoder(len(layers), width)
         asked_m, generator = tokens.cell_m >= 0, np.random.default_rng([seed, 3])
@@ -264,42 +272,46 @@ class Group:
                 f"{self.opened.place}` tells which; extract them again"
             )
 
-    def places(self) -> pl.DataFrame:
-        """How well image tokens tell their cell."""
-        cut = self.tokens.starts[self.half]
-        taught_m, test_m = self.tokens.cell_m[:cut], self.tokens.cell_m[cut:]
-        told = np.concatenate(self.decoder.told, axis=2)
-        images_m = self.tokens.sample_m[cut:][test_m >= 0]
-        taught = taught_m[taught_m >= 0], self.half
-        return position.table("token", self.layers, told, test_m[test_m >= 0], images_m, taught)
 
+@dataclass
+class Objects:
+    """Where the edited object is, of the instructions' mean states: taught on other samples, asked of those read."""
 
-def objects(
-    opened: Store,
-    layers: Sequence[str],
-    taught: np.ndarray,
-    rows_slw: np.ndarray,
-    true_s: np.ndarray,
-    cells: np.ndarray,
-    seed: int,
-    bar: tqdm,
-) -> pl.DataFrame:
-    """Where the edited object is, of the instructions' mean states: taught on others, asked of the samples read."""
-    decoder = position.Decoder(len(layers), opened.plan.width)
-    shuffled = np.random.default_rng([seed, 4]).permutation(cells)
-    begin = 0
-    for batch in batches(opened, layers, "instruction", taught):
-        own = slice(begin, begin := begin + len(batch.sample))
-        count_b = batch.mask.sum(1)
-        there_b = (count_b > 0).numpy()
-        means_blw = batch.states.float().sum(2) / count_b.clamp(min=1)[:, None, None]
-        means_lbw = means_blw.transpose(0, 1).numpy()[:, there_b]
-        decoder.fit(means_lbw, cells[own][there_b], shuffled[own][there_b])
-        bar.update(len(batch.sample))
-    asked_s = (true_s >= 0) & np.isfinite(rows_slw[:, 0, 0])
-    decoder.predict(rows_slw[asked_s].transpose(1, 0, 2))
-    images = np.flatnonzero(asked_s)
-    return position.table("object", layers, decoder.told[0], true_s[asked_s], images, (cells, len(taught)))
+    rows: np.ndarray
+    """Samples that teach."""
+    cells: np.ndarray
+    """Their objects' cells."""
+    asked_s: np.ndarray
+    """Which of the samples read are asked, bool."""
+    asked: position.Asked
+
+    @classmethod
+    def of(cls, chosen: Chosen, others: np.ndarray, tokens: Tokens) -> "Objects | None":
+        """The question, or null where nothing can teach it or be asked."""
+        taught, cells = chosen.cells[chosen.others], chosen.cells[chosen.read]
+        rows, taught = others[taught >= 0], taught[taught >= 0]
+        spoken_s = np.bincount(tokens.sample_m[tokens.kind_m == SPOKEN], minlength=len(cells)) > 0
+        asked_s = (cells >= 0) & spoken_s
+        if not len(rows) or not asked_s.any():
+            return None
+        asked = position.Asked("object", cells[asked_s], np.flatnonzero(asked_s), taught, len(rows))
+        return cls(rows, taught, asked_s, asked)
+
+    def read(self, opened: Store, layers: Sequence[str], means_slw: np.ndarray, seed: int, bar: tqdm) -> None:
+        """Teach some layers by the states of other samples, and ask the mean states of those read."""
+        decoder = position.Decoder(len(layers), opened.plan.width)
+        shuffled = np.random.default_rng([seed, 4]).permutation(self.cells)
+        begin = 0
+        for batch in batches(opened, layers, "instruction", self.rows):
+            own = slice(begin, begin := begin + len(batch.sample))
+            count_b = batch.mask.sum(1)
+            there_b = (count_b > 0).numpy()
+            means_blw = batch.states.float().sum(2) / count_b.clamp(min=1)[:, None, None]
+            means_lbw = means_blw.transpose(0, 1).numpy()[:, there_b]
+            decoder.fit(means_lbw, self.cells[own][there_b], shuffled[own][there_b])
+            bar.update(len(batch.sample))
+        decoder.predict(means_slw[self.asked_s].transpose(1, 0, 2))
+        self.asked.told.append(decoder.told[0])
 
 
 def batches(opened: Store, layers: Sequence[str], tokens: str, rows: np.ndarray) -> Batches:
