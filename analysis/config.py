@@ -113,3 +113,23 @@ class CausesConfig(Attended):
     def retrained_in(self) -> Path:
         """Folder of the proxies that were trained again."""
         return self.retrained or self.out / "retrained"
+
+
+class StatesConfig(Common):
+    """Ask the states themselves, without proxies: norms, similarity of layers, places, and the words they lean to."""
+
+    split: str = "test"
+    """Split whose samples are read, one a picture."""
+    samples: int = 512
+    """How many samples are read, drawn by the seed; half of them teach a classifier of places, the others test it."""
+    random_weights: str | None = None
+    """Store of the same samples by the model with random weights (`python -m extract --control random-weights`)."""
+    no_lens: bool = False
+    """Leave out the logit lens, the one part that needs two tensors of the checkpoint."""
+    checkpoint: str | None = None
+    """Where the checkpoint is found, a folder or a hub id; where the store's identity says, if not given."""
+
+    def __post_init__(self):
+        """Refuse too few samples for anything to be said of images."""
+        if self.samples < 8:
+            raise Refusal(f"--samples {self.samples} is too few: four teach and four test at the least, give 8 or more")
