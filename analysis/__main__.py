@@ -1,7 +1,59 @@
 """Routes ``python -m analysis COMMAND``."""
 
-from analysis.config import CurvesConfig
+from analysis.config import CausesConfig, CurvesConfig, MapsConfig, ReadingConfig, ReportConfig, StatesConfig
 from store.commandline import route
+
+
+def mass(config: ReadingConfig) -> None:
+    """How the proxy's attention mass is spread over the layers, and each head's part in it."""
+    read(config, "mass")
+
+
+def heads(config: ReadingConfig) -> None:
+    """Which heads of the proxy are decisive, with T chosen on one split and reported on another."""
+    read(config, "decisive")
+
+
+def layers(config: ReadingConfig) -> None:
+    """Which layer the decisive heads vote for, how firmly, and whether seeds agree."""
+    read(config, "vote")
+
+
+def words(config: ReadingConfig) -> None:
+    """Which tokens and words are read within l*, by part of speech."""
+    read(config, "words")
+
+
+def read(config: ReadingConfig, question: str) -> None:
+    """Answer one question about the proxy's attention."""
+    from analysis import reading, report
+    from analysis.study import Study
+
+    report.tell([getattr(reading, question)(Study(config))], config.out)
+
+
+def maps(config: MapsConfig) -> None:
+    """Where the dominant words look at l*, against chance, other layers, other words and attention rollout."""
+    from analysis import report
+    from analysis.study import Study
+
+    report.tell([report.mapped(Study(config), config)], config.out)
+
+
+def causes(config: CausesConfig) -> None:
+    """Whether the proxy needs what it attends to."""
+    from analysis import report
+    from analysis.study import Study
+
+    report.tell([report.caused(Study(config), config)], config.out)
+
+
+def states(config: StatesConfig) -> None:
+    """Norms, similarity of layers, decoding of places and the logit lens, from the states alone."""
+    from analysis import report
+    from analysis.states import states
+
+    report.tell(states(config), config.out)
 
 
 def curves(config: CurvesConfig) -> None:
@@ -12,6 +64,13 @@ def curves(config: CurvesConfig) -> None:
         print(path)
 
 
+def report(config: ReportConfig) -> None:
+    """All of it, and one page with the answers."""
+    from analysis.report import report
+
+    report(config)
+
+
 if __name__ == "__main__":
-    about = "Figures and numbers from a store and the proxies trained on it."
-    route("python -m analysis", about, {"curves": curves})
+    commands = {one.__name__: one for one in (mass, heads, layers, words, maps, causes, states, curves, report)}
+    route("python -m analysis", "Answers, figures and a report from a store and the proxies trained on it.", commands)

@@ -83,6 +83,7 @@ class MapsConfig(Attended):
                 raise Refusal(f"--{name} {getattr(self, name)} is no use: give {least} or more")
 
 
+@dataclass(frozen=True)
 class CausesConfig(Attended):
     """Mask what a proxy attends to, and as much elsewhere at random: does it lose the box?
 
@@ -115,6 +116,7 @@ class CausesConfig(Attended):
         return self.retrained or self.out / "retrained"
 
 
+@dataclass(frozen=True)
 class StatesConfig(Common):
     """Ask the states themselves, without proxies: norms, similarity of layers, places, and the words they lean to."""
 
@@ -133,3 +135,27 @@ class StatesConfig(Common):
         """Refuse too few samples for anything to be said of images."""
         if self.samples < 8:
             raise Refusal(f"--samples {self.samples} is too few: four teach and four test at the least, give 8 or more")
+
+
+@dataclass(frozen=True)
+class ReportConfig(MapsConfig, CausesConfig, StatesConfig):
+    """Ask a store everything and write one page with the answers: OUT/report.html, which needs no network.
+
+    Answers first, then figures, tables, a gallery of samples with filters, and where it all comes from. What cannot be
+    asked, for want of probes, pictures or attention rows, is left out with its reason.
+    """
+
+    def __post_init__(self):
+        """Refuse what the questions refuse."""
+        MapsConfig.__post_init__(self)
+        CausesConfig.__post_init__(self)
+        StatesConfig.__post_init__(self)
+
+
+@dataclass(frozen=True)
+class ReadingConfig(Attended):
+    """Read a proxy's attention: how its mass is spread over layers, heads and words.
+
+    The four questions mass, heads, layers and words share these settings; each prints its answer in words and writes
+    its tables and figure.
+    """

@@ -12,9 +12,10 @@ from matplotlib.figure import Figure
 
 from analysis import style
 from analysis.config import CurvesConfig
+from analysis.finding import Drawn, Finding
 from probes.evaluate import Run, read_run
 from probes.panel import HELD_OUT
-from probes.verdict import MAIN_NAMES, called, named, natural, verdict, worse
+from probes.verdict import MAIN_NAMES, called, named, natural, paragraph, verdict, worse
 from store.errors import Refusal
 
 NAME = "figure-1-curves"
@@ -60,6 +61,25 @@ def draw(config: CurvesConfig) -> list[Path]:
         made = json.loads(sweep.read_text()) if sweep.exists() else None
         making = {"probes": str(config.probes), "verdict": answer, "run": made}
         return style.save(figure, config.out, NAME, pl.concat([curves, final]), making)
+
+
+def finding(config: CurvesConfig) -> Finding:
+    """The figure with what the run's tables say in words.
+
+    Raises
+    ------
+    Refusal
+        As ``draw``.
+    """
+    run = read_run(config.probes)
+    draw(config)
+    final = final_rows(run.results)
+    curves = curve_rows(run.results, final)
+    words = paragraph(run.results, run.comparisons)
+    caption = f"Left: error while training, a line a layer, floors dotted. {note(curves, final)}".replace("\n", " ")
+    shown = ("probe", "role", "layer", "tokens", "metric", "value", "low", "high", "n", "seeds")
+    tables = {"layers": final.select(shown), "comparisons": run.comparisons}
+    return Finding("curves", "Which layer is the place read from best?", words, (Drawn(NAME, caption),), tables)
 
 
 def final_rows(results: pl.DataFrame) -> pl.DataFrame:
