@@ -97,6 +97,7 @@ def comparisons(found: Maps) -> pl.DataFrame:
         metric=pl.Series(list(METRICS) * repeated),
         meaning=pl.Series(np.repeat([said[name] for name in conditions], len(METRICS))),
     )
+    rows = rows.filter(pl.col("n") > 0)  # any object by lot has no energy, a store with one block no other block
     own = pl.col("condition") == STAR
     against = rows.filter(~own & pl.col("p").is_not_null())
     against = against.with_columns(p_holm=pl.Series(holm(against["p"].to_numpy())))

@@ -232,7 +232,7 @@ def test_a_store_with_one_block_has_no_other_block_and_still_an_answer(tmp_path)
     opened = Looking(blocks=("1",)).write(tmp_path / "s.zarr")
     found = mapped(opened)
     assert np.isnan(found.scores[OTHERS]).all()
-    assert ROLLOUT not in found.scores
+    assert OTHERS not in comparisons(found)["condition"]
     told = finding(found, opened.samples)
     assert "100.0%" in told.answer
     assert any("No rollout" in caveat for caveat in told.caveats)
