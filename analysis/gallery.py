@@ -76,13 +76,12 @@ def gallery(
     return table.hstack(pl.DataFrame(drawn, schema=dict.fromkeys(drawn, pl.Binary)))
 
 
-NAMES = ("hit", "energy")
+NAMES = tuple({"pointing": "hit"}.get(metric, metric) for metric in METRICS)
 """What the report calls the metrics, in their order."""
 
 
 def _both(found: Maps) -> tuple[tuple[str, np.ndarray], ...]:
     """Scores at l*, and by chance, with the prefix of their columns."""
-    assert len(NAMES) == len(METRICS)
     return ("", found.scores[STAR]), ("chance_", found.chance_mn)
 
 

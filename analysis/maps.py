@@ -21,8 +21,8 @@ from store.errors import Refusal
 from store.reader import Store
 
 METRICS = ("pointing", "energy")
-MOST = 4096
-"""Samples that are scored; of more, as many are drawn by the seed. A share of them is known to ±1.5 % at worst."""
+MOST = 2048
+"""Samples that are scored; of more, as many are drawn by the seed. A share of them is known to ±2.2 % at worst."""
 CORNERS = ("x1", "y1", "x2", "y2")
 
 STAR = "l*"
@@ -69,7 +69,7 @@ class Maps:
     left_out
         Why samples were left out → how many.
     skipped
-        Dominant tokens that have no row (template tokens where only the instruction's are kept).
+        Tokens that were ranked above those and have no row (template tokens where only the instruction's are kept).
     drawn_of
         How many samples were to be scored before ``MOST`` were drawn.
     """
@@ -100,13 +100,14 @@ def maps(
     votes
         ``sample``, ``l_star`` (name of a layer, null without a vote).
     top
-        One row a (``sample``, ``rank``): ``slot`` on the text's token axis, ``text``; rank 0 is the most attended.
+        One row a (``sample``, ``rank``): ``slot`` on the text's token axis, ``text``; rank 0 is the most attended. A
+        token without a row is passed over and the next takes its place, so give all ranks.
     samples
         Rows of the samples table that the answer is about.
     seed
         Of the random tokens, and of the samples drawn where there are more than ``MOST``.
     tokens
-        Dominant tokens a sample, ranks 0 … tokens - 1.
+        Dominant tokens a sample: the first of its ranking that have rows.
 
     Raises
     ------
@@ -118,8 +119,8 @@ def maps(
     drawn_of = len(wanted)
     if drawn_of > MOST:
         wanted = np.sort(np.random.default_rng([seed, 0]).choice(wanted, MOST, replace=False))
-    chosen, left_out = _usable(opened, votes, top, wanted, blocks, tokens)
-    ranked = top.filter(pl.col("rank") < tokens).sort("sample", "rank")
+    chosen, left_out = _usable(opened, votes, top, wanted, blocks)
+    ranked = top.filter(pl.col("sample").is_in(chosen["sample"].implode())).sort("sample", "rank")
     rolls = keeps_text_rows(opened) and can_roll(blocks)
     numbers, boxes_n4 = chosen["sample"].to_numpy(), chosen.select(CORNERS).to_numpy()
     star_n = np.array([blocks.index(layer) for layer in chosen["l_star"]], np.int64)
@@ -127,7 +128,7 @@ def maps(
     with tqdm(total=len(numbers), desc="maps", unit="sample", delay=2) as bar:
         for rows in read_rows(opened, numbers, text=rolls) if len(numbers) else ():
             at_s = np.searchsorted(numbers, rows.samples_s)
-            own_sq, with_row = top_queries(rows, ranked)
+            own_sq, with_row = top_queries(rows, ranked, tokens)
             found.append(with_row)
             asked.append(own_sq.any(1))
             parts.append(_Batch(rows, own_sq, star_n[at_s], boxes_n4[at_s], seed, rolls).scored())
@@ -155,7 +156,7 @@ def maps(
         map_nt=joined["map"],
         pixels_nt4=joined["pixels"],
         left_out=left_out,
-        skipped=ranked.filter(pl.col("sample").is_in(chosen["sample"].implode())).height - used.height,
+        skipped=_passed_over(ranked, used),
         drawn_of=drawn_of,
         tokens=tokens,
         seed=seed,
@@ -163,7 +164,7 @@ def maps(
 
 
 def _usable(
-    opened: Store, votes: pl.DataFrame, top: pl.DataFrame, wanted: np.ndarray, blocks: tuple[str, ...], tokens: int
+    opened: Store, votes: pl.DataFrame, top: pl.DataFrame, wanted: np.ndarray, blocks: tuple[str, ...]
 ) -> tuple[pl.DataFrame, dict[str, int]]:
     """The samples that can be scored, ascending, and why others cannot."""
     table = opened.samples.with_columns(sample=pl.int_range(pl.len(), dtype=pl.Int64))
@@ -176,13 +177,12 @@ def _usable(
     table = table.select("sample", "sample_id", "valid", *numbers, image=image, area=share)
     voted = votes.select("sample", "l_star").unique("sample", keep="first")
     table = table.join(voted, on="sample", how="left", maintain_order="left")
-    named = top.filter(pl.col("rank") < tokens)["sample"].unique()
     tests = {
         "not valid": pl.col("valid"),
         "no true box": pl.all_horizontal(pl.col(name).is_finite() for name in CORNERS),
         "no vote for a layer": pl.col("l_star").is_not_null(),
         "no rows at the layer voted for": pl.col("l_star").is_in(list(blocks)),
-        "no dominant tokens": pl.col("sample").is_in(named.implode()),
+        "no dominant tokens": pl.col("sample").is_in(top["sample"].unique().implode()),
     }
     left_out = {}
     for reason, test in tests.items():
@@ -192,14 +192,23 @@ def _usable(
     return table.drop("valid"), left_out
 
 
-def top_queries(rows: Rows, ranked: pl.DataFrame) -> tuple[np.ndarray, pl.DataFrame]:
-    """Which queries are dominant tokens (s, q), bool, and those of the dominant tokens that have a row."""
+def top_queries(rows: Rows, ranked: pl.DataFrame, tokens: int) -> tuple[np.ndarray, pl.DataFrame]:
+    """Which queries are dominant tokens (s, q), bool: of the ranked ones that have a row the first; and their rows."""
     mine = ranked.filter(pl.col("sample").is_in(rows.samples_s.tolist()))
     at_n = np.searchsorted(rows.samples_s, mine["sample"].to_numpy())
     match_nq = rows.slot_sq[at_n] == mine["slot"].to_numpy()[:, None]
+    place = pl.int_range(pl.len()).over("sample")
+    used = mine.with_columns(line=pl.int_range(pl.len())).filter(pl.Series(match_nq.any(1))).filter(place < tokens)
     own_sq = np.zeros(rows.slot_sq.shape, bool)
-    np.logical_or.at(own_sq, at_n, match_nq)
-    return own_sq, mine.filter(pl.Series(match_nq.any(1)))
+    np.logical_or.at(own_sq, at_n[used["line"]], match_nq[used["line"]])
+    return own_sq, used.drop("line")
+
+
+def _passed_over(ranked: pl.DataFrame, used: pl.DataFrame) -> int:
+    """Tokens that are ranked above the last one used of their sample, and have no row."""
+    last = used.group_by("sample").agg(last=pl.col("rank").max())
+    above = ranked.join(last, on="sample").filter(pl.col("rank") <= pl.col("last"))
+    return above.height - used.height
 
 
 def other_queries(rows: Rows, own_sq: np.ndarray, seed: int) -> np.ndarray:

@@ -71,7 +71,7 @@ def draw(
     shown = chosen(found, examples, seed)
     down = max(1, math.ceil(len(shown) / ACROSS))
     said = wrap(title(beside), 108)
-    head = 0.85 + 0.2 * len(said)  # inches above the panels
+    head = 0.95 + 0.2 * len(said)  # inches above the panels
     height = head + 0.5 + 1.8 * max(down, 2)
     with style.styled():
         figure = Figure(figsize=(12.5, height))
@@ -112,13 +112,13 @@ def chosen(found: Maps, examples: int, seed: int) -> list[int]:
 def title(beside: pl.DataFrame) -> str:
     """The finding in one line, from the numbers: what l* is above, like and below after Holm."""
     rows = {row["condition"]: row for row in beside.filter(pl.col("metric") == "pointing").to_dicts()}
-    sides: dict[str, list[str]] = {"above": [], "not apart from": [], "below": []}
+    sides: dict[str, list[str]] = {"above": [], "not told apart from": [], "below": []}
     for name, called in TITLED.items():
         row = rows.get(name)
         if row is None or row["p_holm"] is None:
             continue
         apart = "above" if row["difference"] > 0 else "below"
-        sides[apart if row["p_holm"] < ALPHA else "not apart from"].append(f"{called} ({row['value']:.0%})")
+        sides[apart if row["p_holm"] < ALPHA else "not told apart from"].append(f"{called} ({row['value']:.0%})")
     told = "; ".join(f"{side} {', '.join(names)}" for side, names in sides.items() if names)
     return f"{rows[STAR]['value']:.0%} of maps at l* peak in the true box{': ' * bool(told)}{told}"
 
@@ -189,5 +189,5 @@ def draw_example(axes: Axes, found: Maps, n: int, pictures: SamplePictures | Non
     axes.spines[:].set_visible(False)
     axes.set_anchor("S")
     hit = "hit" if found.scores[STAR][0, n] >= 0.5 else "miss"
-    words = shorten(" ".join(row["words"]), 26, placeholder=" …")
+    words = shorten(" · ".join(row["words"]), 28, placeholder=" …")
     axes.set_title(f"{hit}, l* {row['l_star']}\n“{words}”", fontsize=7.5, fontweight="normal", pad=3, loc="center")

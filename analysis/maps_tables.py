@@ -97,6 +97,7 @@ def comparisons(found: Maps) -> pl.DataFrame:
         metric=pl.Series(list(METRICS) * repeated),
         meaning=pl.Series(np.repeat([said[name] for name in conditions], len(METRICS))),
     )
+    rows = rows.filter(pl.col("n") > 0)  # any object by lot has no energy, a store with one block no other block
     own = pl.col("condition") == STAR
     against = rows.filter(~own & pl.col("p").is_not_null())
     against = against.with_columns(p_holm=pl.Series(holm(against["p"].to_numpy())))
@@ -198,15 +199,7 @@ def answer(found: Maps, beside: pl.DataFrame, layers: pl.DataFrame) -> str:
         f"{_share(energy)} of the map's mass lies in the box, {energy['ratio']:.1f} times "
         f"[{energy['ratio_low']:.1f}, {energy['ratio_high']:.1f}] the {energy['chance']:.1%} of an even one."
     ]
-    by_verdict: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
-    for name in (CHANCE, OBJECT, LAST, OTHERS, RANDOM, ALL, ROLLOUT, ROLLOUT_STAR, CONTRAST):
-        row = rows.get((name, "pointing"))
-        if row is None or row["p_holm"] is None:
-            continue
-        apart = row["p_holm"] < ALPHA
-        verdict = "not told apart from" if not apart else "ahead of" if row["difference"] > 0 else "behind"
-        by_verdict[verdict].append(f"{CALLED[name]} ({row['value']:.1%}; {_gap(row)}, p = {row['p_holm']:.2g})")
-    said += [f"In pointing, l* is {verdict} {'; '.join(names)}." for verdict, names in by_verdict.items() if names]
+    said += [sentence for metric in METRICS for sentence in _verdicts(rows, metric)]
     best = layers.filter(pl.col("metric") == "pointing", pl.col("value").is_not_null()).sort("value")
     if best.height > 1:
         row = best.row(-1, named=True)
@@ -215,8 +208,24 @@ def answer(found: Maps, beside: pl.DataFrame, layers: pl.DataFrame) -> str:
         )
     if not {STAR, RANDOM} <= {name for name, _ in rows} or rows[RANDOM, "pointing"]["p_holm"] is None:
         said.append("No other tokens of the instruction have rows, so it is open whether these words look better.")
-    said.append("Differences are l* less the other, paired by picture, 95 % intervals; p after Holm over the table.")
+    said.append(
+        "In brackets: the other's mean; l* less the other, paired by picture, with its 95 % interval; told apart "
+        f"where p < {ALPHA} after Holm over both metrics."
+    )
     return " ".join(said)
+
+
+def _verdicts(rows: dict[tuple[str, str], dict], metric: str) -> list[str]:
+    """By one metric, what l* is ahead of, behind, and not told apart from."""
+    found: dict[str, list[str]] = {"ahead of": [], "behind": [], "not told apart from": []}
+    for name, called in CALLED.items():
+        row = rows.get((name, metric))
+        if row is None or row["p_holm"] is None:
+            continue
+        side = "ahead of" if row["difference"] > 0 else "behind"
+        verdict = side if row["p_holm"] < ALPHA else "not told apart from"
+        found[verdict].append(f"{called} ({row['value']:.1%}; {_gap(row)})")
+    return [f"In {metric}, l* is {verdict} {'; '.join(names)}." for verdict, names in found.items() if names]
 
 
 CALLED = {
@@ -245,14 +254,20 @@ def _gap(row: dict) -> str:
 
 def caveats(found: Maps) -> tuple[str, ...]:
     """What to hold against the maps of this store."""
-    said = ["Attention is not cause: where a token looks is not yet what the model uses."]
+    said = [
+        "Attention is not cause: where a token looks is not yet what the model uses.",
+        "Rows are means over the VLM's heads: one head that looks at the object can drown in the others.",
+    ]
     if found.left_out:
         reasons = ", ".join(f"{reason} ({count:,})" for reason, count in found.left_out.items())
         said.append(f"Left out: {reasons}.")
     if found.drawn_of > sum(found.left_out.values()) + found.samples.height:
         said.append(f"{found.samples.height:,} of {found.drawn_of:,} samples were drawn by seed {found.seed}.")
     if found.skipped:
-        said.append(f"{found.skipped:,} dominant tokens have no attention row in the store and were passed over.")
+        said.append(
+            f"{found.skipped:,} tokens that the proxy attends to more have no attention row in the store (only the "
+            "instruction's are kept, not the template's): the next ones of the ranking took their place."
+        )
     never = float((found.chance_mn[0] == 0).mean())
     if never:
         said.append(f"In {never:.1%} of pictures no token's centre lies in the true box, so pointing cannot hit there.")

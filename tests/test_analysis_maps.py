@@ -118,7 +118,7 @@ def test_each_condition_reads_the_rows_that_it_names(opened, found):
 def test_random_tokens_are_as_many_others_of_the_instruction(tmp_path):
     opened = Looking(queries="prompt").write(tmp_path / "s.zarr")
     for rows in rows_module.read_rows(opened, np.arange(12)):
-        own_sq, _ = maps_module.top_queries(rows, top_words(opened, (1, 2)))
+        own_sq, _ = maps_module.top_queries(rows, top_words(opened), 2)
         drawn_sq = maps_module.other_queries(rows, own_sq, seed=0)
         assert not (drawn_sq & own_sq).any()
         assert not (drawn_sq & ~rows.instruction_sq).any()
@@ -194,12 +194,12 @@ def test_what_cannot_be_scored_is_left_out_and_counted(tmp_path):
     assert "no true box (1)" in " ".join(finding(found, opened.samples).caveats)
 
 
-def test_a_template_token_has_a_row_only_where_the_prompts_are_kept(tmp_path):
-    for queries, skipped in (("instruction", 12), ("prompt", 0)):
+def test_a_template_token_has_a_row_only_where_the_prompts_are_kept_else_the_next_takes_its_place(tmp_path):
+    for queries, skipped, words in (("instruction", 12, ["w1", "w2"]), ("prompt", 0, ["w-1", "w1"])):
         opened = Looking(queries=queries).write(tmp_path / queries)
-        found = mapped(opened, top=top_words(opened, (-1, 1, 2)))
+        found = mapped(opened, top=top_words(opened, (-1, 1, 2, 0)))
         assert found.skipped == skipped
-        assert len(found.samples["words"][0]) == 2 - skipped // 12
+        assert found.samples["words"].to_list() == [words] * 12
 
 
 def test_a_sample_whose_dominant_tokens_all_lack_rows_is_left_out(opened):
@@ -232,7 +232,7 @@ def test_a_store_with_one_block_has_no_other_block_and_still_an_answer(tmp_path)
     opened = Looking(blocks=("1",)).write(tmp_path / "s.zarr")
     found = mapped(opened)
     assert np.isnan(found.scores[OTHERS]).all()
-    assert ROLLOUT not in found.scores
+    assert OTHERS not in comparisons(found)["condition"]
     told = finding(found, opened.samples)
     assert "100.0%" in told.answer
     assert any("No rollout" in caveat for caveat in told.caveats)
