@@ -9,13 +9,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, Self
 
-import google_crc32c
 import polars as pl
 import torch
 
 from extract.boxes import Box
 from extract.control import SHOWN
-from extract.omniedit import BadSample, Checks, judged
+from extract.omniedit import BadSample, Checks, crc_of, judged
 from extract.processes import FEW_SAMPLES, follow_parent, loader_context
 from extract.rows import Place, SetAside, Shards
 from extract.sequence import Conditioner, Prepared
@@ -177,11 +176,6 @@ def _lighter(prepared: Prepared, conditioner: Conditioner, dtype: torch.dtype, w
         return replace(prepared, pixels={n: v for n, v in prepared.pixels.items() if n != "pixel_values"})
     thin = conditioner.family.thinned(conditioner.processor, prepared.pixels)
     return replace(prepared, pixels={n: v.to(dtype) if v.is_floating_point() else v for n, v in thin.items()})
-
-
-def crc_of(source: bytes) -> int:
-    """The CRC-32C of an encoded picture, as the plan keeps it."""
-    return google_crc32c.value(source)
 
 
 def planned_of(samples: pl.DataFrame) -> list[Planned]:

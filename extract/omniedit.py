@@ -12,6 +12,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
+import google_crc32c
 import numpy as np
 from PIL import Image
 
@@ -289,6 +290,11 @@ def measured_size(picture: Image.Image, turned: int, width: Any, height: Any) ->
         if width in (None, size[0]) and height in (None, size[1]):
             return upright
     raise BadSample(SIZE_DISAGREES, f"columns {width}×{height}, picture {upright[0]}×{upright[1]}")
+
+
+def crc_of(source: bytes) -> int:
+    """The CRC-32C of an encoded picture, as the plan keeps it."""
+    return google_crc32c.value(source)
 
 
 def decode(encoded: bytes) -> Image.Image:

@@ -22,9 +22,9 @@ from extract.capture import EMBED, FINAL
 from extract.config import POCKET, PRESETS, SCENES_SEED, SHUFFLED_IMAGES, ExtractConfig
 from extract.control import SHOWN, show_others
 from extract.families import family_of
-from extract.loading import Kit, Loaders, crc_of
+from extract.loading import Kit, Loaders
 from extract.model import identity, load_processor
-from extract.omniedit import BOX_COLUMNS, DUPLICATE, STRATA, BadSample, Checks, Sample, judged
+from extract.omniedit import BOX_COLUMNS, DUPLICATE, STRATA, BadSample, Checks, Sample, crc_of, judged
 from extract.prompts import ground_template
 from extract.review.verdicts import boxes_by_id
 from extract.rows import ROWS_AT_ONCE, Place, SetAside, Shards

@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from io import BytesIO
 from typing import Any
 
-from extract.loading import crc_of
-from extract.omniedit import BadSample, decode, image_bytes
+from extract.omniedit import BadSample, crc_of, decode, image_bytes
 from extract.rows import Place, SetAside, Shards
 from store.errors import Refusal
 
