@@ -168,11 +168,9 @@ def mass(
     array = array.rename("mass").assign_coords(sample_labels(opened.samples))
     if by == "token":
         array = array.assign_coords(token_labels(opened, one, array.sizes["token"]))
-    for dims in (("sample",), ("sample", "token")):
-        names = [key for key, value in array.coords.items() if value.dims == dims and key not in ("sample", "area")]
-        if names:
-            array = array.set_xindex(names, LabelIndex)
-    return array
+    labels = [name for name, value in array.coords.items() if value.dims[:1] == ("sample",)]
+    labels = [name for name in labels if name not in ("sample", "area")]
+    return array.set_xindex(labels, LabelIndex) if labels else array
 
 
 def sample_labels(samples: pl.DataFrame) -> dict[str, tuple[str, np.ndarray]]:

@@ -12,10 +12,10 @@ SHOWN = 8
 
 
 class LabelIndex(Index):
-    """Finds all that bear a label, by coordinates that share their dimensions.
+    """Finds all that bear a label, by coordinates over ``(sample,)`` and ``(sample, token)``, or over one dimension.
 
-    Over one dimension, ``sel`` keeps what is found. Over ``(sample, token)`` it gives one row a token found, along
-    ``sample``: a sample in which a word stands twice gives two rows, one without it none.
+    ``sel`` keeps the samples that are found. Where a token's label is among what is asked, it gives one row a token
+    found, along ``sample``: a sample in which a word stands twice gives two rows, one without it none.
     """
 
     def __init__(self, variables: Mapping[Hashable, Variable]):
@@ -23,10 +23,11 @@ class LabelIndex(Index):
 
     @classmethod
     def from_variables(cls, variables: Mapping[Any, Variable], *, options: Mapping[str, Any]) -> "LabelIndex":
-        """An index over coordinates that share their dimensions."""
-        if len({variable.dims for variable in variables.values()}) != 1:
+        """An index over coordinates of which some may have one more dimension than the others."""
+        most = max((variable.dims for variable in variables.values()), key=len)
+        if other := [name for name, variable in variables.items() if variable.dims not in (most, most[:1])]:
             raise ValueError(
-                f"{', '.join(map(str, variables))} lie along different dimensions: give each its own index"
+                f"{other[0]} does not lie along {' or '.join(map(str, most))}: give it an index of its own"
             )
         return cls(variables)
 
@@ -44,8 +45,11 @@ class LabelIndex(Index):
         """
         if method is not None or tolerance is not None:
             raise ValueError(f"{', '.join(map(str, labels))} are labels: method and tolerance have no meaning for them")
-        dims = next(iter(self.variables.values())).dims
-        found = np.logical_and.reduce([self._bearing(name, wanted) for name, wanted in labels.items()])
+        dims = max((self.variables[name].dims for name in labels), key=len)
+        found = np.ones((1,) * len(dims), bool)
+        for name, wanted in labels.items():
+            bearing = self._bearing(name, wanted)
+            found = found & bearing.reshape(bearing.shape + (1,) * (len(dims) - bearing.ndim))
         places = zip(dims, np.nonzero(found), strict=True)
         return IndexSelResult({dim: Variable(dims[0], place) for dim, place in places})
 
@@ -54,12 +58,11 @@ class LabelIndex(Index):
         if isinstance(wanted, slice):
             raise ValueError(f"{name} is a label and has no order: name what is wanted, as a value or a list")
         values = self.variables[name].values
-        asked = np.asarray(wanted, dtype=object).ravel().tolist()
         found = np.zeros(values.shape, bool)
-        for label in asked:
+        for label in np.asarray(wanted, dtype=object).ravel().tolist():
             bearing = values == label
             if not bearing.any():
-                there = sorted({str(value) for value in values.ravel() if value is not None})
+                there = sorted({str(value) for value in values.ravel() if value is not None and value == value})
                 more = f" and {len(there) - SHOWN} more" if len(there) > SHOWN else ""
                 raise KeyError(f"nothing has {name} {label!r}; there are {', '.join(there[:SHOWN])}{more}")
             found |= bearing
@@ -71,7 +74,8 @@ class LabelIndex(Index):
             name: variable.isel({dim: index for dim, index in indexers.items() if dim in variable.dims})
             for name, variable in self.variables.items()
         }
-        return type(self)(parts) if all(part.ndim for part in parts.values()) else None
+        parts = {name: part for name, part in parts.items() if part.ndim}
+        return type(self)(parts) if parts else None
 
     def equals(self, other: Index, **_: Any) -> bool:
         """Whether both bear the same labels in the same places."""

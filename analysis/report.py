@@ -75,7 +75,7 @@ def report(config: ReportConfig) -> Path:
     took = {"seconds": seconds | {"all": round(time.perf_counter() - began, 1)}}
     written = page.write(
         config.out,
-        f"What {study.opened.place} knows of the edited object's place",
+        f"What {Path(str(study.opened.place)).name} knows of the edited object's place",
         findings,
         config.out,
         shown,
@@ -88,9 +88,10 @@ def report(config: ReportConfig) -> Path:
 def mapped(study: Study, config: MapsConfig) -> Finding:
     """Where the dominant words look at l*: scores, figure 4, and the gallery's pictures beside them."""
     main, opened = study.chosen.main, study.opened
-    found = maps.maps(
-        opened, study.voted, study.top(config.top), samples=study.reported, seed=config.seed, tokens=config.top
-    )
+    # Where the template's tokens have rows, too, they may be the dominant ones.
+    whole = opened.identity.get("queries") == "prompt"
+    ranked = study.ranked_tokens(everyone=False) if whole else study.top(len(study.words))
+    found = maps.maps(opened, study.voted, ranked, samples=study.reported, seed=config.seed, tokens=config.top)
     finding = maps_tables.finding(found, opened.samples)
     sought, told = pictures.find_pictures(opened, config.data)
     if sought is None:

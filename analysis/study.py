@@ -118,7 +118,7 @@ class Study:
     def top(self, count: int) -> pl.DataFrame:
         """The instruction's most read tokens at l* of each reported sample, see ``concentration.top``."""
         spoken_nt = concentration.among(self.shares_nt, self.reported, self.words)
-        return concentration.top(spoken_nt, self.reported, self.words, count)
+        return concentration.top(spoken_nt, self.reported, self.words, min(count, spoken_nt.shape[1]))
 
     def ranked_tokens(self, everyone: bool) -> pl.DataFrame:
         """All tokens of the reported samples, or of every sample with attention, most read at l* first."""
