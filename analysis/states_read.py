@@ -124,7 +124,11 @@ class Tokens:
         sample_m = table["sample"].replace_strict(place_s, return_dtype=pl.Int64).to_numpy()
         code = {kind: k for k, kind in enumerate(norms.KINDS)}
         kind_m = table["kind"].replace_strict(code, default=norms.OTHER, return_dtype=pl.Int64).to_numpy()
-        sizes = opened.samples.select("width", "height").to_numpy()[rows][sample_m].astype(np.float64)
+        table_s = opened.samples[rows.tolist()]
+        sides = [
+            table_s[name] if name in table_s.columns else np.full(len(rows), np.nan) for name in ("width", "height")
+        ]
+        sizes = np.stack(sides, axis=1).astype(np.float64)[sample_m]
         boxes = table.select(pl.col("px1", "py1", "px2", "py2").cast(pl.Float64)).to_numpy()
         cell_m = np.where(kind_m == norms.KINDS.index("image"), position.cells(boxes, sizes), -1)
         # Few of each picture, drawn: a rank within the picture by random numbers.
