@@ -177,7 +177,7 @@ def registers(norms_lm: np.ndarray, images_m: np.ndarray) -> np.ndarray:
 def answer(table: pl.DataFrame, massive: pl.DataFrame, floor: pl.DataFrame | None) -> str:
     """What the tables say in words; ``floor`` is the table of random weights."""
     layers = table["layer"].unique(maintain_order=True).to_list()
-    blocks = [layer for layer in layers if layer != "final"]
+    blocks = [layer for layer in layers if layer != "final"] or layers
 
     def told(rows: pl.DataFrame, metric: str, kind: str, layer: str, form: str = ".2f") -> str:
         row = rows.filter(metric=metric, kind=kind, layer=layer).row(0, named=True)

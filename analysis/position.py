@@ -20,7 +20,7 @@ CELLS = 3
 CLASSES = CELLS * CELLS
 
 RIDGE = 0.01
-"""Penalty over the number of states, of dimensions scaled to variance 1; 0.001 to 0.1 give the same within 0.03."""
+"""Penalty over the number of states, of dimensions scaled to variance 1; a tenth of it gives accuracies within 0.01."""
 
 TOKENS = 64
 """Image tokens of a picture that are read at most, drawn: neighbours tell the same, and wide states cost w² each."""

@@ -47,7 +47,7 @@ def tagged(tables: dict[str, list[pl.DataFrame]]) -> pl.DataFrame:
 def making(config: StatesConfig, chosen: Chosen) -> dict:
     """How the figures were made."""
     return {
-        "store": config.store,
+        "store": str(config.store),
         "random_weights": config.random_weights,
         "split": config.split,
         "seed": config.seed,

@@ -70,7 +70,7 @@ def norms(table: pl.DataFrame, out: Path, making: Mapping[str, Any]) -> str:
 def title_of_norms(own: pl.DataFrame, layers: Sequence[str]) -> str:
     """The growth over the blocks, and whether few dimensions carry it."""
     kind = "instruction" if "instruction" in own["kind"] else own["kind"][0]
-    blocks = [layer for layer in layers if layer != "final"]
+    blocks = [layer for layer in layers if layer != "final"] or layers
     values = own.filter(pl.col("layer").is_in(blocks), metric="mean", kind=kind)["value"]
     top = own.filter(metric="top4").sort("value").row(-1, named=True)
     grown = f"{kind.capitalize()} states grow {values[-1] / values[0]:.3g} × from {blocks[0]} to {named(blocks[-1])}"

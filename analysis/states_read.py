@@ -7,7 +7,7 @@ Shape suffixes: ``b`` sample of a batch, ``s`` sample that is read, ``m`` token 
 ``n`` some of those tokens, ``l`` layer, ``t`` token of a sample, ``w`` width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -19,9 +19,10 @@ from tqdm import tqdm
 from analysis import lens, norms, position, similarity
 from analysis.config import StatesConfig
 from probes import targets
-from store.batches import Batch, Batches
+from store.batches import Batch
 from store.errors import Refusal
 from store.reader import Store
+from store.shards import DamagedShard
 
 BATCH_BYTES = 16 * 2**20
 """States of a batch, as stored."""
@@ -123,7 +124,11 @@ class Tokens:
         sample_m = table["sample"].replace_strict(place_s, return_dtype=pl.Int64).to_numpy()
         code = {kind: k for k, kind in enumerate(norms.KINDS)}
         kind_m = table["kind"].replace_strict(code, default=norms.OTHER, return_dtype=pl.Int64).to_numpy()
-        sizes = opened.samples.select("width", "height").to_numpy()[rows][sample_m].astype(np.float64)
+        table_s = opened.samples[rows.tolist()]
+        sides = [
+            table_s[name] if name in table_s.columns else np.full(len(rows), np.nan) for name in ("width", "height")
+        ]
+        sizes = np.stack(sides, axis=1).astype(np.float64)[sample_m]
         boxes = table.select(pl.col("px1", "py1", "px2", "py2").cast(pl.Float64)).to_numpy()
         cell_m = np.where(kind_m == norms.KINDS.index("image"), position.cells(boxes, sizes), -1)
         # Few of each picture, drawn: a rank within the picture by random numbers.
@@ -236,7 +241,7 @@ class Group:
         kinds_bt[batch.mask] = torch.from_numpy(self.tokens.kind_m[span].copy())
         states_bltw = batch.states.float()
         self.lengths.add(states_bltw, kinds_bt, span, samples)
-        self._refuse_unsound(span)
+        refuse_unsound(self.opened, self.layers, self.lengths.norms_lm[:, span])
         self.views.add(states_bltw, kinds_bt, samples)
         self._place(states_bltw, batch.mask, span, begin < self.half)
         if self.hearing is not None and begin < LENS_SAMPLES:
@@ -262,15 +267,6 @@ class Group:
         for place, layer in enumerate(self.layers):
             states_nw = states_bltw[:, place][spoken_bt]
             self.hearing.add(layer, states_nw, slice(first, first + len(states_nw)))
-
-    def _refuse_unsound(self, span: slice) -> None:
-        unsound_l = ~np.isfinite(self.lengths.norms_lm[:, span]).all(1)
-        if unsound_l.any():
-            named = ", ".join(layer for layer, bad in zip(self.layers, unsound_l, strict=True) if bad)
-            raise Refusal(
-                f"states of {self.opened.place} are not finite at layer {named}: `python -m store verify "
-                f"{self.opened.place}` tells which; extract them again"
-            )
 
 
 @dataclass
@@ -308,17 +304,35 @@ class Objects:
             there_b = (count_b > 0).numpy()
             means_blw = batch.states.float().sum(2) / count_b.clamp(min=1)[:, None, None]
             means_lbw = means_blw.transpose(0, 1).numpy()[:, there_b]
+            refuse_unsound(opened, layers, means_lbw)
             decoder.fit(means_lbw, self.cells[own][there_b], shuffled[own][there_b])
             bar.update(len(batch.sample))
         decoder.predict(means_slw[self.asked_s].transpose(1, 0, 2))
         self.asked.told.append(decoder.told[0])
 
 
-def batches(opened: Store, layers: Sequence[str], tokens: str, rows: np.ndarray) -> Batches:
+def refuse_unsound(opened: Store, layers: Sequence[str], values: np.ndarray) -> None:
+    """Refuse layers (the first axis) of which some value is not finite; norms and means tell of every state."""
+    unsound = [layer for layer, own in zip(layers, values, strict=True) if not np.isfinite(own).all()]
+    if unsound:
+        raise Refusal(
+            f"states of {opened.place} are not finite at layer {', '.join(unsound)}: `python -m store verify "
+            f"{opened.place}` tells which; extract them again"
+        )
+
+
+def batches(opened: Store, layers: Sequence[str], tokens: str, rows: np.ndarray) -> Iterator[Batch]:
     """Batches of these samples in their order, of at most BATCH_BYTES or one sample."""
     choice = opened.batches(layers, tokens, samples=rows).choice
-    longest = choice.bytes_of(rows) // len(rows)
-    return opened.batches(layers, tokens, max(1, min(len(rows), BATCH_BYTES // max(1, longest))), samples=rows)
+    size = BATCH_BYTES * len(rows) // max(1, choice.bytes_of(rows))
+    try:
+        yield from opened.batches(layers, tokens, max(1, min(len(rows), size)), samples=rows)
+    except DamagedShard as damage:
+        raise Refusal(str(damage)) from None
+    except OSError as failure:
+        raise Refusal(
+            f"{opened.place} cannot be read ({failure}): `python -m store verify` tells what is whole"
+        ) from None
 
 
 def frequent(opened: Store, rows: np.ndarray, vocabulary: int) -> np.ndarray:
