@@ -28,12 +28,12 @@ The map
 ``tagging``        parts of speech
 ``reading``        the findings on attention, ``reading_figures`` their figures
 
-``maps``           where the dominant words look: pointing game, energy; ``rollout``; ``rows``, the attention it reads
-``maps_tables``    what the maps come to; ``maps_figure`` draws, ``gallery`` makes thumbnails, ``pictures`` finds pictures
+``maps``           where the dominant words look: pointing game, energy; ``rollout``, ``rows`` that it reads
+``maps_tables``    what the maps come to; ``maps_figure``, ``gallery`` of thumbnails, ``pictures`` of samples
 ``causes``         masks on what a proxy attends to (``masks``), or proxies trained without it (``retrained``); tests in
                    pairs (``paired``), ``causes_words``, ``causes_figure``
-``states``         what states say by themselves: ``norms``, ``similarity``, ``position``, ``lens``; ``states_read`` reads
-                   them once, ``states_figure`` draws
+``states``         what states say by themselves: ``norms``, ``similarity``, ``position``, ``lens``
+                   (``states_read``, ``states_figure``)
 ``curves``         figure 1: localization error against training steps, and final IoU per layer
 
 ``finding``        an answer with its numbers and figures, kept as files

@@ -71,6 +71,8 @@ def report(config: ReportConfig) -> None:
     report(config)
 
 
+COMMANDS = (mass, heads, layers, words, maps, causes, states, curves, report)
+
 if __name__ == "__main__":
-    commands = {one.__name__: one for one in (mass, heads, layers, words, maps, causes, states, curves, report)}
-    route("python -m analysis", "Answers, figures and a report from a store and the proxies trained on it.", commands)
+    about = "Answers, figures and a report from a store and the proxies trained on it."
+    route("python -m analysis", about, {command.__name__: command for command in COMMANDS})

@@ -58,7 +58,15 @@ class Attended(Common):
 
 
 @dataclass(frozen=True)
-class MapsConfig(Attended):
+class Trained(Attended):
+    """The same, and where the proxies themselves are."""
+
+    probes: Path = Path("runs/probes")
+    """Folder of the run that trained the proxies: it is looked for here if it is no longer where it was."""
+
+
+@dataclass(frozen=True)
+class MapsConfig(Trained):
     """Draw where the dominant tokens look at l*, and score it: pointing game and energy in the true box.
 
     The VLM's own attention rows of those tokens, against chance, other blocks, random tokens and attention rollout;
@@ -84,7 +92,7 @@ class MapsConfig(Attended):
 
 
 @dataclass(frozen=True)
-class CausesConfig(Attended):
+class CausesConfig(Trained):
     """Mask what a proxy attends to, and as much elsewhere at random: does it lose the box?
 
     Masked are the layer that its heads vote for, the top token and the top word, in the trained proxy. With
@@ -92,8 +100,6 @@ class CausesConfig(Attended):
     top tokens and without random ones; that takes minutes, and goes on where it was stopped.
     """
 
-    probes: Path = Path("runs/probes")
-    """Folder of the run that trained the proxies, if they are no longer where it was."""
     images: int = 512
     """Images of the reporting split on which masks are tried, drawn with the seed; all if it has no more."""
     draws: int = 5

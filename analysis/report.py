@@ -16,13 +16,14 @@ from tqdm import tqdm
 
 from analysis import causes, curves, gallery, maps, maps_figure, maps_tables, page, pictures, reading, states
 from analysis.attention import Written
-from analysis.config import CurvesConfig, MapsConfig, ReportConfig
+from analysis.config import CausesConfig, CurvesConfig, MapsConfig, ReportConfig, Trained
 from analysis.finding import Finding
 from analysis.study import Study
 from probes import trained
 from probes.boxes import iou
 from probes.trained import PREDICTIONS, TrainedProbe
 from store.errors import Refusal
+from store.reader import Store
 
 LIBRARIES = ("torch", "transformers", "zarr", "xarray", "dask", "polars", "matplotlib", "textblob")
 
@@ -128,7 +129,7 @@ def study_gallery(config: MapsConfig) -> pl.DataFrame:
     return pl.read_parquet(gallery_file(config))
 
 
-def predicted(opened: Any, main: Written, config: Any) -> pl.DataFrame | None:
+def predicted(opened: Store, main: Written, config: Trained) -> pl.DataFrame | None:
     """The main proxy's own boxes of held-out samples in pixels, and their ``iou``; None where its run is not found."""
     folder = folder_of(main, config)
     if folder is None or not (folder / PREDICTIONS).is_file():
@@ -148,7 +149,7 @@ def predicted(opened: Any, main: Written, config: Any) -> pl.DataFrame | None:
     return scaled.with_columns(iou=pl.Series(iou(boxes, true).numpy()))
 
 
-def folder_of(one: Written, config: Any) -> Path | None:
+def folder_of(one: Written, config: Trained) -> Path | None:
     """Where a proxy lies: in the run that trained it, or in the folder of probes given; None if in neither."""
     name = f"{one.probe}-seed{one.seed}"
     for run in (Path(one.run), Path(config.probes)):
@@ -157,7 +158,7 @@ def folder_of(one: Written, config: Any) -> Path | None:
     return None
 
 
-def caused(study: Study, config: ReportConfig) -> Finding:
+def caused(study: Study, config: CausesConfig) -> Finding:
     """Whether the proxy needs what it attends to: masks, and proxies that were trained again without it."""
     proxies = proxies_of(study, config)
     votes = study.voted_by([one for one in study.chosen.seeds if one.seed in {probe.seed for probe in proxies}])
@@ -165,7 +166,7 @@ def caused(study: Study, config: ReportConfig) -> Finding:
     return causes.finding(study.opened, proxies, votes, top, config)
 
 
-def proxies_of(study: Study, config: Any) -> list[TrainedProbe]:
+def proxies_of(study: Study, config: Trained) -> list[TrainedProbe]:
     """The proxies of all seeds whose attention the store holds, by their hashes.
 
     Raises

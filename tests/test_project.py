@@ -86,8 +86,10 @@ def test_data_flow_one_way_and_every_file_says_its_purpose(path):
         "probes train",
         "probes attend",
         "probes evaluate",
-        "probes attend",
         "analysis curves",
+        "analysis heads",
+        "analysis states",
+        "analysis report",
     ],
 )
 def test_every_command_teaches_in_its_help(program):
