@@ -174,7 +174,7 @@ class _Rows:
 
 def _tally(parts_s: np.ndarray, mass_shql: np.ndarray, block_s: slice) -> _Tally:
     n, *shape_hql = mass_shql.shape
-    n_heads, n_queries, n_layers = shape_hql
+    n_heads, _, n_layers = shape_hql
     parts_s = parts_s[block_s]
     found = _Tally(
         np.zeros((len(PARTS), *shape_hql)),

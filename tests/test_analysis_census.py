@@ -6,11 +6,9 @@ import numpy as np
 import pytest
 import xarray as xr
 
-import store
 from analysis import census as module
 from analysis.census import NONE, census, votes
 from store.errors import Refusal
-from store.synthetic import synthetic_plan
 
 DIMS = ("sample", "head", "query", "layer")
 FIELDS = ("ranked_phqk", "layered_phql", "count_p", "favourite_sh", "drop_sh", "summed_shl")
@@ -102,16 +100,6 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype):
     mass, parts_s = lazy(made(200, dtype=dtype), 7), parts(200)
     assert bits(census(mass, parts_s, threads=1)) == bits(census(mass, parts_s, threads=2))
     assert bits(census(mass, parts_s, threads=1)) == bits(census(mass, parts_s, threads=5))
-
-
-def test_a_dask_cluster_of_processes_gives_the_same_bytes(tmp_path):
-    n, parts_s = 30, parts(30)
-    path = tmp_path / "s.zarr"
-    store.create(path, synthetic_plan(n))
-    with store.derive(path, "mass", DIMS, (n, 3, 5, 6), "float16") as out:
-        out.write(made(n))
-    mass = store.open(path).derived["mass"].chunk(sample=8)
-    assert bits(census(mass, parts_s, dask="local:2")) == bits(census(mass, parts_s, threads=1))
 
 
 def test_a_mass_that_is_summed_over_tokens_on_the_way_is_read_alike():
