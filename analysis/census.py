@@ -105,7 +105,8 @@ def census(
     Parameters
     ----------
     mass
-        Lazy ``A[sample, head, query, layer]``, any float dtype; NaN where a sample has no attention.
+        Lazy ``A[sample, head, query, layer]``, any float dtype; NaN where a sample has no attention. A sum over tokens
+        is NaN there with ``sum("token", min_count=1)`` only.
     parts_s
         int8: 0 for samples of the choosing split, 1 of the reporting split, -1 of neither.
     dask, threads, progress

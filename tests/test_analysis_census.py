@@ -105,8 +105,12 @@ def test_any_number_of_threads_gives_the_same_bytes(dtype):
 def test_a_mass_that_is_summed_over_tokens_on_the_way_is_read_alike():
     rng = np.random.default_rng(0)
     tokens = rng.dirichlet(np.ones(24), size=(20, 2, 3)).reshape(20, 2, 3, 6, 4).astype(np.float16)
+    tokens[7] = np.nan
+    tokens[3, ..., 2:] = np.nan  # tokens that a sample does not have
     attention = xr.DataArray(tokens, dims=(*DIMS, "token")).chunk(sample=6)
-    found = census(attention.astype("float32").sum("token"), parts(20))
+    found = census(attention.astype("float32").sum("token", min_count=1), parts(20))
+    tokens[3, ..., 2:] = 0
+    assert found.favourite_sh[7].tolist() == [NONE] * 2
     expected = by_hand(tokens.astype(np.float32).sum(-1), parts(20))
     np.testing.assert_allclose(found.ranked_phqk, expected["ranked_phqk"], rtol=2e-6)
     np.testing.assert_array_equal(found.favourite_sh, expected["favourite_sh"])
