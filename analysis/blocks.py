@@ -8,19 +8,22 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import dask.array as da
 import numpy as np
 import xarray as xr
+from dask import optimize
 from tqdm import tqdm
 
+from probes.malloc import keep_freed
 from store.errors import Refusal
 from store.scheduler import Watch, connect, count_workers
 from store.shards import CORES
 
 if TYPE_CHECKING:
-    from dask.distributed import Client, Future
+    from dask.distributed import Future
 
 BLOCK_BYTES = 64 * 2**20
 """An array that is in memory, and has no chunks, is cut into blocks of about this much."""
@@ -45,6 +48,8 @@ class Block(Generic[T]):
     samples: slice
 
     def __call__(self) -> T:
+        """What ``work`` makes of it."""
+        keep_freed()  # blocks are as large as each other, and their pages are dear
         # Read by this very thread: blocks are what goes on side by side.
         return self.work(self.lazy.compute(scheduler="synchronous"), self.samples)
 
@@ -97,8 +102,10 @@ def _blocks(work: Work[T], array: xr.DataArray) -> Iterator[Block[T]]:
         together = max(1, BLOCK_BYTES // max(1, array.nbytes // max(1, len(array))))
         lazy = da.from_array(lazy, chunks=(together, *array.shape[1:]))
     ends = np.cumsum((0, *lazy.chunks[0])).tolist()
-    for number, (start, stop) in enumerate(zip(ends[:-1], ends[1:], strict=True)):
-        yield Block(work, lazy.blocks[number], slice(start, stop))
+    for number, (start, stop) in enumerate(pairwise(ends)):
+        # Without the tasks of all other blocks, which would be sent along.
+        (one,) = optimize(lazy.blocks[number])
+        yield Block(work, one, slice(start, stop))
 
 
 def _here(blocks: Iterator[Block[T]], threads: int) -> Iterator[tuple[slice, T]]:

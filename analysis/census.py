@@ -105,7 +105,8 @@ def census(
     Parameters
     ----------
     mass
-        Lazy ``A[sample, head, query, layer]``, any float dtype; NaN where a sample has no attention.
+        Lazy ``A[sample, head, query, layer]``, any float dtype; NaN where a sample has no attention. A sum over tokens
+        is NaN there with ``sum("token", min_count=1)`` only.
     parts_s
         int8: 0 for samples of the choosing split, 1 of the reporting split, -1 of neither.
     dask, threads, progress
@@ -174,10 +175,10 @@ class _Rows:
 
 def _tally(parts_s: np.ndarray, mass_shql: np.ndarray, block_s: slice) -> _Tally:
     n, *shape_hql = mass_shql.shape
-    n_heads, n_queries, n_layers = shape_hql
+    n_heads, _, n_layers = shape_hql
     parts_s = parts_s[block_s]
     found = _Tally(
-        np.zeros((len(PARTS), *shape_hql)),
+        np.zeros((len(PARTS), *shape_hql))[..., ::-1],  # sums come from the smallest rank to the largest
         np.zeros((len(PARTS), *shape_hql)),
         np.zeros(len(PARTS), np.int64),
         np.full((n, n_heads), NONE, np.uint8),
@@ -186,7 +187,7 @@ def _tally(parts_s: np.ndarray, mass_shql: np.ndarray, block_s: slice) -> _Tally
     )
     for part, members_s in _pieces(parts_s, 4 * int(np.prod(shape_hql))):
         floats_shql = _as_float32(mass_shql[members_s])
-        summed_shl = _over_queries(floats_shql)
+        summed_shl = np.einsum("shql->shl", floats_shql)  # in the order of queries, as `sum` does, in half the time
         # Masses are not negative, so that what is missing cannot cancel.
         there_s = np.isfinite(summed_shl).all((1, 2))
         if not there_s.all():
@@ -201,7 +202,8 @@ def _tally(parts_s: np.ndarray, mass_shql: np.ndarray, block_s: slice) -> _Tally
         _sort(floats_shql)
         found.drop_sh[members_s] = (floats_shql[..., -1] - floats_shql[..., -2]).mean(-1)
         if part in PARTS:
-            found.ranked_phqk[part] += floats_shql.sum(0)[..., ::-1]
+            rising_hqk = found.ranked_phqk[part, ..., ::-1]
+            rising_hqk += floats_shql.sum(0)
     return found
 
 
@@ -215,28 +217,17 @@ def _pieces(parts_s: np.ndarray, sample_bytes: int) -> Iterator[tuple[int, np.nd
 
 
 def _as_float32(values: np.ndarray) -> np.ndarray:
-    """A copy as float32; NumPy takes seven times as long for float16 as these two steps, which are exact."""
+    """A copy as float32; NumPy itself takes several times as long for float16 as these steps, which are exact."""
     if values.dtype == np.float16:
         words = np.ascontiguousarray(values).view(np.uint16)
         if words.max() < _HALF_INFINITY:  # finite, and no sign
             # Exponent and mantissa go where float32 has them; the exponents count from 15 there and from 127 here.
-            floats = np.left_shift(words, np.uint32(13), dtype=np.uint32).view(np.float32)
+            widened = words.astype(np.uint32)
+            widened <<= np.uint32(13)
+            floats = widened.view(np.float32)
             floats *= np.float32(2.0**112)
             return floats
     return values.astype(np.float32)
-
-
-def _over_queries(mass_shql: np.ndarray) -> np.ndarray:
-    """Sum over queries: by halves, which are long runs of memory, where a row of layers alone is a short one."""
-    n, n_heads, left, n_layers = mass_shql.shape
-    values = mass_shql.reshape(n * n_heads, left * n_layers)
-    while left > 1:
-        half = left // 2
-        folded = values[:, : half * n_layers] + values[:, half * n_layers : 2 * half * n_layers]
-        if left % 2:
-            folded[:, :n_layers] += values[:, 2 * half * n_layers :]
-        values, left = folded, half
-    return values.reshape(n, n_heads, n_layers)
 
 
 def _sort(mass_shql: np.ndarray) -> None:

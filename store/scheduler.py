@@ -60,19 +60,20 @@ def count_workers(client: "Client") -> int:
 
 
 class Watch:
-    """Looks, whenever it is called, whether a cluster still has workers.
-
-    Raises
-    ------
-    Refusal
-        On a call, when there has been none for ``ABANDONED`` seconds.
-    """
+    """Looks, whenever it is called, whether a cluster still has workers."""
 
     def __init__(self, client: "Client", address: str):
         self.client, self.address = client, address
         self._seen = time.monotonic()
 
     def __call__(self) -> None:
+        """Look.
+
+        Raises
+        ------
+        Refusal
+            When there has been no worker for ``ABANDONED`` seconds.
+        """
         if count_workers(self.client):
             self._seen = time.monotonic()
         elif time.monotonic() - self._seen > ABANDONED:
