@@ -52,6 +52,10 @@ CHUNK_BYTES = 2**20
 SHARD_BYTES = 64 * 2**20
 """A shard of a derived array, uncompressed: what is held in memory while it is written."""
 
+BLOSC_BYTES = 512 * 1024
+"""Blocks that are shuffled and compressed together: masses come out 8 % smaller than by Blosc's own choice, and are
+encoded twice and decoded four times as fast."""
+
 
 def derive(
     path: str | os.PathLike | Place,
@@ -208,7 +212,7 @@ class Deriving:
     def _write(self, shard: int, values: np.ndarray) -> None:
         """Encode one shard (or the one chunk) as zarr-python does, and write the file whole."""
         memory, derived = MemoryStore(), dataclasses.replace(self.derived, shape=values.shape)
-        create_derived(zarr.create_group(memory), derived)[...] = values
+        create_derived(zarr.create_group(memory), derived, BLOSC_BYTES)[...] = values
         inside = "/".join([derived.path, "c"] + ["0"] * values.ndim)
         encoded = sync(memory.get(inside, default_buffer_prototype()))
         if encoded is None:  # nothing but NaN

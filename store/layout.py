@@ -454,15 +454,17 @@ class Derived:
         return cls(**given | {"files": {name: (size, crc) for name, (size, crc) in given["files"].items()}})
 
 
-def create_derived(root: zarr.Group, derived: Derived) -> zarr.Array:
-    """The Zarr array of a derived array."""
+def create_derived(root: zarr.Group, derived: Derived, block_bytes: int = 0) -> zarr.Array:
+    """The Zarr array of a derived array; the size of Blosc's blocks matters for encoding only."""
     return root.create_array(
         derived.path,
         shape=derived.shape,
         dtype=derived.dtype,
         chunks=derived.chunks,
         shards=derived.shards,
-        compressors=BloscCodec(cname="zstd", clevel=1, shuffle="shuffle", typesize=np.dtype(derived.dtype).itemsize),
+        compressors=BloscCodec(
+            cname="zstd", clevel=1, shuffle="shuffle", typesize=np.dtype(derived.dtype).itemsize, blocksize=block_bytes
+        ),
         fill_value=np.nan,
         dimension_names=derived.dims,
         attributes=dict(derived.attributes),
