@@ -36,9 +36,7 @@ from probes.targets import unit_boxes
 from store.errors import Refusal
 
 READ = ("0", "1", "2")
-LEARNED = dict(
-    QUICK, depth=2, width=32, heads=4, lr=1e-2, steps=160, warm_up=20, l1_steps=50, batch=32, watch_every=160
-)
+LEARNED = dict(QUICK, width=32, heads=4, lr=1e-2, steps=140, warm_up=20, l1_steps=50, batch=32, watch_every=140)
 
 
 def spoken(place, samples=None, rank=(1, 2, 0)):
