@@ -165,7 +165,10 @@ def again_words(again: Mapping[tuple[str, str], Mapping]) -> list[str]:
     if not parts:
         return []
     lost = [again[name, AGAINST[name]] for name in (VOTED, TOKENS) if (name, AGAINST[name]) in again]
-    end = "so what is there is not only there" if not any(map(worse, lost)) else "so not all of it is found elsewhere"
+    most = max(-again[name, FULL]["low"] for name in (VOTED, TOKENS) if (name, FULL) in again)
+    end = f"so it is found elsewhere too: at most {max(most, 0):.3f} IoU is lost (95 %)"
+    if any(map(worse, lost)):
+        end = "so not all of it is found elsewhere"
     first = again[next(name for name in (VOTED, TOKENS) if (name, FULL) in again), FULL]
     over = f"n = {first['n']:,}, {first['seeds']} seed{'s' if first['seeds'] > 1 else ''}"
     said = f"{'; '.join(parts)}; {end} ({over})."

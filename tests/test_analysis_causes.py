@@ -11,7 +11,7 @@ from planted_store import QUICK, Planted, alone
 import probes
 import store
 from analysis import causes_words
-from analysis.causes import LABELS, askable, finding, masking, mean_box
+from analysis.causes import LABELS, askable, finding, masking, mean_box, proxy_of
 from analysis.config import CausesConfig
 from analysis.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD, Prompt, masks_of, overlaps
 from analysis.paired import corrected, differences, summary
@@ -36,9 +36,7 @@ from probes.targets import unit_boxes
 from store.errors import Refusal
 
 READ = ("0", "1", "2")
-LEARNED = dict(
-    QUICK, depth=2, width=32, heads=4, lr=1e-2, steps=160, warm_up=20, l1_steps=50, batch=32, watch_every=160
-)
+LEARNED = dict(QUICK, width=32, heads=4, lr=1e-2, steps=140, warm_up=20, l1_steps=50, batch=32, watch_every=140)
 
 
 def spoken(place, samples=None, rank=(1, 2, 0)):
@@ -286,6 +284,16 @@ def test_proxies_that_are_not_seeds_of_one_are_refused(place, proxies, tmp_path)
             masking(store.open(place), [proxies[0], wrong], *spoken(place), [0, 3])
 
 
+def test_the_proxy_of_an_array_is_found_where_it_was_trained_or_where_it_was_moved(proxies, tmp_path):
+    run, probe = proxies[0].folder.parent.parent, proxies[0]
+    attributes = {"proxy": probe.hash, "spec": dataclasses.asdict(probe.spec), "seed": 0, "run": str(run)}
+    assert proxy_of(attributes, tmp_path).hash == probe.hash
+    assert proxy_of(attributes | {"run": "gone"}, run).hash == probe.hash
+    for wrong in ({"run": "gone"}, {"proxy": "0" * 64}):
+        with pytest.raises(Refusal, match=r"is neither in .* nor in .*: give --probes"):
+            proxy_of(attributes | wrong, tmp_path)
+
+
 @pytest.fixture(scope="module")
 def again(proxies, tmp_path_factory):
     """A store with masks, and proxies that were trained again without what they mark."""
@@ -343,7 +351,7 @@ def test_what_retraining_reached_is_that_of_its_predictions(again, proxies):
 def test_a_finding_with_retraining_says_so_and_trains_nothing_twice(again, proxies, tmp_path, monkeypatch):
     monkeypatch.setattr("probes.learn.Stack.train", lambda *_: pytest.fail("it was trained again"))
     config = CausesConfig(again[0], tmp_path, images=40, draws=1, retrain=True, retrained=again[1])
-    one = finding(store.open(again[0]), proxies, *spoken(again[0]), config)
+    one = finding(store.open(again[0]), proxies[:1], *spoken(again[0]), config)
     assert "Trained again without the most voted layer (1) it" in one.answer and "retrained" in one.tables
     assert "so not all of it is found elsewhere" in one.answer
 
