@@ -15,15 +15,12 @@ import polars as pl
 from tqdm import tqdm
 
 from analysis import causes, curves, gallery, maps, maps_figure, maps_tables, page, pictures, reading, states
-from analysis.attention import Written
 from analysis.config import CausesConfig, CurvesConfig, MapsConfig, ReportConfig, Trained
 from analysis.finding import Finding
 from analysis.study import Study
-from probes import trained
 from probes.boxes import iou
 from probes.trained import PREDICTIONS, TrainedProbe
 from store.errors import Refusal
-from store.reader import Store
 
 LIBRARIES = ("torch", "transformers", "zarr", "xarray", "dask", "polars", "matplotlib", "textblob")
 
@@ -101,7 +98,7 @@ def mapped(study: Study, config: MapsConfig) -> Finding:
     _, drawn = maps_figure.draw(
         found, finding.tables, sought, config.out, making, examples=config.examples, seed=config.seed
     )
-    boxes = predicted(opened, main, config)
+    boxes = predicted(study, config)
     shown = gallery.gallery(
         opened,
         found,
@@ -129,10 +126,12 @@ def study_gallery(config: MapsConfig) -> pl.DataFrame:
     return pl.read_parquet(gallery_file(config))
 
 
-def predicted(opened: Store, main: Written, config: Trained) -> pl.DataFrame | None:
+def predicted(study: Study, config: Trained) -> pl.DataFrame | None:
     """The main proxy's own boxes of held-out samples in pixels, and their ``iou``; None where its run is not found."""
-    folder = folder_of(main, config)
-    if folder is None or not (folder / PREDICTIONS).is_file():
+    opened, main = study.opened, study.chosen.main
+    try:
+        folder = causes.proxy_of(opened.derived[main.name].attrs, config.probes).folder
+    except Refusal:
         return None
     told = pl.read_parquet(folder / PREDICTIONS)
     if not {"x1", "true_x1"} <= set(told.columns):  # it was taught something other than a box
@@ -149,15 +148,6 @@ def predicted(opened: Store, main: Written, config: Trained) -> pl.DataFrame | N
     return scaled.with_columns(iou=pl.Series(iou(boxes, true).numpy()))
 
 
-def folder_of(one: Written, config: Trained) -> Path | None:
-    """Where a proxy lies: in the run that trained it, or in the folder of probes given; None if in neither."""
-    name = f"{one.probe}-seed{one.seed}"
-    for run in (Path(one.run), Path(config.probes)):
-        if (run / "proxies" / name).is_dir():
-            return run / "proxies" / name
-    return None
-
-
 def caused(study: Study, config: CausesConfig) -> Finding:
     """Whether the proxy needs what it attends to: masks, and proxies that were trained again without it."""
     proxies = proxies_of(study, config)
@@ -167,22 +157,21 @@ def caused(study: Study, config: CausesConfig) -> Finding:
 
 
 def proxies_of(study: Study, config: Trained) -> list[TrainedProbe]:
-    """The proxies of all seeds whose attention the store holds, by their hashes.
+    """The proxies of all seeds whose attention the store holds; of other seeds than the main one, those that are found.
 
     Raises
     ------
     Refusal
-        When the main one is not found, or is another one by now.
+        When the main one is not found.
     """
+    derived = study.opened.derived
     found = []
     for one in study.chosen.seeds:
-        folder = folder_of(one, config)
-        probe = None if folder is None else trained.load(folder)
-        if probe is not None and probe.hash == one.proxy:
-            found.append(probe)
-        elif one == study.chosen.main:
-            where = "is not there" if probe is None else f"in {folder} is another one by now"
-            raise Refusal(f"{one.called} {where}: --probes names the folder of the run that trained it")
+        try:
+            found.append(causes.proxy_of(derived[one.name].attrs, config.probes))
+        except Refusal:
+            if one == study.chosen.main:
+                raise
     return found
 
 
