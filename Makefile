@@ -11,9 +11,11 @@ STORE ?=
 DATA ?=
 PROBES ?= runs/probes
 FIGURES ?= figures
+ANALYSIS ?= runs/analysis
 STORE_READ := $(or $(STORE),data/store.zarr)
 
-.PHONY: help setup test test-slow extract review verify repair inspect du probe controls referee figures bench lint pocket clean
+.PHONY: help setup test test-slow extract review verify repair inspect du probe controls referee figures attend report \
+	causes bench lint pocket clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-26s %s\n", $$1, $$2}'
@@ -67,6 +69,24 @@ referee: controls ## Everything of science's list: every control, then the finis
 
 figures: setup ## Draw the localization curves
 	$(RUN) -m analysis curves --probes $(PROBES) --out $(FIGURES)
+
+# One proxy's attention to every token, of the other seeds and the permuted twins their mass by layer.
+JOINT = $(wildcard $(PROBES)/proxies/joint-*-text-seed*)
+TWINS = $(wildcard $(PROBES)/proxies/permuted-*+*-text-seed*)
+OTHERS = $(strip $(filter-out $(firstword $(sort $(JOINT))),$(JOINT)) $(TWINS))
+RANDOM = $(wildcard data/store-random-weights.zarr)
+
+attend: setup ## Write the joint proxies' attention into the store
+	$(if $(JOINT),,$(error $(PROBES) has no joint proxy: `make probe` trains them))
+	$(RUN) -m probes attend --store $(STORE_READ) --proxy $(firstword $(sort $(JOINT)))
+	$(if $(OTHERS),$(RUN) -m probes attend --store $(STORE_READ) --keep mass --proxy $(OTHERS))
+
+report: attend ## Ask the store everything: answers, figures and one page, runs/analysis/report.html (STORE, PROBES, ARGS)
+	$(RUN) -m analysis report --store $(STORE_READ) --probes $(PROBES) --out $(ANALYSIS) \
+		$(if $(DATA),--data $(DATA)) $(if $(and $(RANDOM),$(if $(STORE),,yes)),--random-weights $(RANDOM)) $(ARGS)
+
+causes: attend ## Train proxies again without what attention chose, and say whether they need it (about five minutes)
+	$(RUN) -m analysis causes --store $(STORE_READ) --probes $(PROBES) --out $(ANALYSIS) --retrain $(ARGS)
 
 test: setup ## Run the tests (offline, under ten minutes on two cores)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto

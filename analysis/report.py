@@ -14,7 +14,19 @@ from typing import Any
 import polars as pl
 from tqdm import tqdm
 
-from analysis import causes, curves, gallery, maps, maps_figure, maps_tables, page, pictures, reading, states
+from analysis import (
+    causes,
+    concentration,
+    curves,
+    gallery,
+    maps,
+    maps_figure,
+    maps_tables,
+    page,
+    pictures,
+    reading,
+    states,
+)
 from analysis.config import CausesConfig, CurvesConfig, MapsConfig, ReportConfig, Trained
 from analysis.finding import Finding
 from analysis.study import Study
@@ -113,6 +125,13 @@ def mapped(study: Study, config: MapsConfig) -> Finding:
     config.out.mkdir(parents=True, exist_ok=True)
     shown.write_parquet(gallery_file(config))
     caveats = finding.caveats if sought is not None else (*finding.caveats, told)
+    first = concentration.top(study.shares_nt, study.reported, study.tokens, 1)
+    rowless = float((first["kind"] != "instruction").mean())
+    if not whole and rowless:
+        caveats += (
+            f"In {rowless:.1%} of pictures the proxy's most read token of all is one of the template, whose rows this "
+            "store does not keep; `python -m extract --queries prompt` keeps them. The maps are of the words read most.",
+        )
     return Finding(finding.name, finding.question, finding.answer, (drawn,), finding.tables, caveats)
 
 
