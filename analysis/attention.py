@@ -14,6 +14,7 @@ import polars as pl
 import xarray as xr
 
 import store
+from analysis.blocks import SOURCE
 from analysis.labels import LabelIndex
 from probes.verdict import named
 from store.errors import Refusal
@@ -166,6 +167,7 @@ def mass(
         # Samples without states stay NaN; tokens past the last are none.
         array = array.sum("token", min_count=1, keep_attrs=True)
     array = array.rename("mass").assign_coords(sample_labels(opened.samples))
+    array.attrs[SOURCE] = f"derived/{one.name} of {opened.place}"
     if by == "token":
         array = array.assign_coords(token_labels(opened, one, array.sizes["token"]))
     labels = [name for name, value in array.coords.items() if value.dims[:1] == ("sample",)]

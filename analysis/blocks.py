@@ -31,6 +31,9 @@ BLOCK_BYTES = 64 * 2**20
 AHEAD = 2
 """Blocks in hand for each worker: the one it is at, and one that is done or next."""
 
+SOURCE = "source_array"
+"""Attribute that names the array of the store that a lazy one is made of."""
+
 RETRIES = 3
 LOOK_SECONDS = 1.0
 
@@ -46,12 +49,22 @@ class Block(Generic[T]):
     work: Work[T]
     lazy: da.Array
     samples: slice
+    name: str
+    """Of the array, for people."""
 
     def __call__(self) -> T:
         """What ``work`` makes of it."""
         keep_freed()  # blocks are as large as each other, and their pages are dear
         # Read by this very thread: blocks are what goes on side by side.
-        return self.work(self.lazy.compute(scheduler="synchronous"), self.samples)
+        try:
+            values = self.lazy.compute(scheduler="synchronous")
+        except (OSError, RuntimeError, ValueError) as failure:
+            told = " ".join(str(failure).split())[:200]
+            raise Refusal(
+                f"samples {self.samples.start} to {self.samples.stop - 1} of {self.name} cannot be read ({told}): "
+                "`python -m store verify` tells what is whole"
+            ) from None
+        return self.work(values, self.samples)
 
 
 def over_blocks(
@@ -105,7 +118,7 @@ def _blocks(work: Work[T], array: xr.DataArray) -> Iterator[Block[T]]:
     for number, (start, stop) in enumerate(pairwise(ends)):
         # Without the tasks of all other blocks, which would be sent along.
         (one,) = optimize(lazy.blocks[number])
-        yield Block(work, one, slice(start, stop))
+        yield Block(work, one, slice(start, stop), str(array.attrs.get(SOURCE, array.name)))
 
 
 def _here(blocks: Iterator[Block[T]], threads: int) -> Iterator[tuple[slice, T]]:

@@ -3,15 +3,19 @@
 Shape suffixes: ``s`` sample, ``h`` head, ``q`` query, ``l`` layer, ``t`` token, ``n`` chosen sample, ``k`` rank.
 """
 
-import dask.array as da
+from functools import partial
+
 import numpy as np
 import polars as pl
 import xarray as xr
 
+from analysis.blocks import over_blocks
 from probes.statistics import ends, mean_draws
 
 
-def shares(attention: xr.DataArray, decisive_h: np.ndarray, layer_s: np.ndarray) -> xr.DataArray:
+def shares(
+    attention: xr.DataArray, decisive_h: np.ndarray, layer_s: np.ndarray, *, dask: str | None = None
+) -> np.ndarray:
     """What share of the mass of a sample's layer goes to each token, mean over decisive heads and their queries.
 
     Parameters
@@ -22,34 +26,26 @@ def shares(attention: xr.DataArray, decisive_h: np.ndarray, layer_s: np.ndarray)
         Heads that count.
     layer_s : ndarray of int
         Place of the layer that is looked at, −1 for a sample that has none.
+    dask
+        As of ``over_blocks``.
 
     Returns
     -------
-    DataArray
-        Lazy float32 (sample, token): each sample's tokens sum to 1; NaN past them and without a layer.
+    ndarray, float32 (s, t)
+        Each sample's tokens sum to 1; NaN past them and without a layer.
     """
-    array = attention.transpose("sample", "head", "query", "layer", "token").data
-    layer = da.from_array(np.asarray(layer_s, np.int64), chunks=(array.chunks[0],))
-    found = da.map_blocks(
-        _shares,
-        array,
-        layer[:, None, None, None, None],
-        decisive_h=np.asarray(decisive_h, bool),
-        drop_axis=[1, 2, 3],
-        chunks=(array.chunks[0], array.chunks[4]),
-        dtype=np.float32,
-        meta=np.empty((0, 0), np.float32),
-    )
-    kept = {name: value for name, value in attention.coords.items() if set(value.dims) <= {"sample", "token"}}
-    return xr.DataArray(found, {"sample": kept["sample"]} if "sample" in kept else {}, ("sample", "token"), "share")
+    array = attention.transpose("sample", "head", "query", "layer", "token")
+    work = partial(_shares, np.asarray(layer_s), np.asarray(decisive_h, bool))
+    found = over_blocks(work, array, dask=dask, progress=True, label="tokens")
+    return np.concatenate([share_st for _, share_st in found])
 
 
-def _shares(block: np.ndarray, layer: np.ndarray, decisive_h: np.ndarray) -> np.ndarray:
-    place_s = layer[:, 0, 0, 0, 0]
+def _shares(layer_s: np.ndarray, decisive_h: np.ndarray, block_shqlt: np.ndarray, samples: slice) -> np.ndarray:
+    place_s = layer_s[samples]
     there = np.flatnonzero(place_s >= 0)
-    out = np.full((block.shape[0], block.shape[4]), np.nan, np.float32)
+    out = np.full((len(block_shqlt), block_shqlt.shape[-1]), np.nan, np.float32)
     # One layer of the block, not the block: it may be large.
-    picked_nhqt = block[there, :, :, place_s[there]][:, decisive_h].astype(np.float32)
+    picked_nhqt = block_shqlt[there, :, :, place_s[there]][:, decisive_h].astype(np.float32)
     summed_nt = picked_nhqt.sum((1, 2), dtype=np.float64)
     total_n = np.nansum(summed_nt, axis=1, keepdims=True)
     out[there] = np.divide(summed_nt, total_n, out=np.full_like(summed_nt, np.nan), where=total_n > 0)

@@ -130,7 +130,7 @@ def mapped(study: Study, config: MapsConfig) -> Finding:
     if not whole and rowless:
         caveats += (
             f"In {rowless:.1%} of pictures the proxy's most read token of all is one of the template, whose rows this "
-            "store does not keep; `python -m extract --queries prompt` keeps them. The maps are of the words read most.",
+            "store does not keep; `python -m extract --queries prompt` keeps them. The maps are of the words.",
         )
     return Finding(finding.name, finding.question, finding.answer, (drawn,), finding.tables, caveats)
 

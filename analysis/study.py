@@ -12,7 +12,8 @@ import polars as pl
 import store
 from analysis import attention, concentration, heads, layers
 from analysis.attention import Written
-from analysis.census import Census, Votes, census, votes
+from analysis.blocks import SOURCE
+from analysis.census import NONE, Census, Votes, census, votes
 from analysis.config import Attended
 from analysis.heads import Decisive
 from analysis.tagging import tagged
@@ -37,6 +38,10 @@ class Study:
     @cached_property
     def parts_s(self) -> np.ndarray:
         """Which split each sample is of: 0 the choosing one, 1 the reporting one, −1 neither; int8 [s]."""
+        if "split" not in self.opened.samples.columns:
+            raise Refusal(
+                f"the samples of {self.opened.place} have no column split: T is chosen on one, told of another"
+            )
         splits = self.opened.samples["split"]
         for option in ("choose", "report"):
             wanted = getattr(self.config, option)
@@ -49,7 +54,14 @@ class Study:
         """What one pass over a proxy's attention mass tells."""
         if one.name not in self._censuses:
             mass = attention.mass(self.opened, one.name)
-            self._censuses[one.name] = census(mass, self.parts_s, dask=self.config.dask, progress=True)
+            found = census(mass, self.parts_s, dask=self.config.dask, progress=True)
+            there, should = int((found.favourite_sh[:, 0] != NONE).sum()), mass.attrs.get("samples", 0)
+            if there < should:
+                raise Refusal(
+                    f"derived/{one.name} of {self.opened.place} has the attention of {there} samples and was written "
+                    f"for {should}: `python -m store verify` tells what is lost"
+                )
+            self._censuses[one.name] = found
         return self._censuses[one.name]
 
     def decisive(self, one: Written) -> Decisive:
@@ -112,8 +124,9 @@ class Study:
             )
         asked_s = np.full(len(layer_s), -1)
         asked_s[samples] = layer_s[samples]
-        found = concentration.shares(self.opened.derived[main.name], self.decisive(main).decisive_h, asked_s)
-        return found.isel(sample=samples).values
+        array = self.opened.derived[main.name].assign_attrs({SOURCE: f"derived/{main.name} of {self.opened.place}"})
+        decisive_h = self.decisive(main).decisive_h
+        return concentration.shares(array, decisive_h, asked_s, dask=self.config.dask)[samples]
 
     def top(self, count: int) -> pl.DataFrame:
         """The instruction's most read tokens at l* of each reported sample, see ``concentration.top``."""

@@ -69,7 +69,7 @@ def attended_store(path, n=40, seeds=(0, 1), permuted=(0,), by_token=True, seed=
                 "seed": one,
                 "spec": spec,
                 "run": "runs/made",
-                "samples": n,
+                "samples": n - sum(s < n for s in ASIDE),
             }
             dims = ("sample", "head", "query", "layer", "token")[: kept.ndim]
             coordinates = {"head": HEADS, "layer": READ}

@@ -1,5 +1,8 @@
 """Decisive heads, the vote on l* and how firm it is: against plain loops, and where nothing is to be found."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import plain_analysis as plain
 import polars as pl
@@ -8,8 +11,9 @@ from attended_store import ASIDE, HEADS, READ, attended_store
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import store
 from analysis import heads, layers
-from analysis.attention import mass
+from analysis.attention import choose, mass
 from analysis.config import Attended
 from analysis.study import Study
 from store.errors import Refusal
@@ -147,3 +151,15 @@ def test_splits_of_which_no_sample_has_attention_are_refused(tmp_path):
     study.parts_s = np.where(study.parts_s == 1, -1, study.parts_s)
     with pytest.raises(Refusal, match="--report names a split of which no sample has attention"):
         study.decisive(study.chosen.main)
+
+
+def test_a_torn_or_lost_shard_is_refused_and_verify_named(place, tmp_path):
+    copied = Path(shutil.copytree(place, tmp_path / "store"))
+    (shard,) = (copied / "derived/attention-true-0").rglob("c/0/*/*/*/*")
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[: len(whole) // 2] + bytes(len(whole) - len(whole) // 2 - 400) + whole[-400:])
+    with pytest.raises(Refusal, match=r"derived/attention-true-0 of .*(cannot be read|lost).*store verify"):
+        Study(Attended(str(copied), tmp_path)).decisive(choose(store.open(copied)).main)
+    shard.unlink()
+    with pytest.raises(Refusal, match=r"has the attention of 0 samples and was written for 38.*verify"):
+        Study(Attended(str(copied), tmp_path)).decisive(choose(store.open(copied)).main)
