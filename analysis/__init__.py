@@ -20,7 +20,7 @@ The map
 ``labels``         an index of labels, so that queries read like sentences
 ``blocks``         a function over blocks of samples, by threads or on a Dask cluster
 ``census``         one pass over the masses of any number of samples; the vote
-``study``          what the questions to one store share
+``study``          what the questions to one store share; ``proxies`` finds the proxies themselves
 
 ``heads``          decisive heads, T
 ``layers``         the vote on l*, its intervals, κ
@@ -28,17 +28,14 @@ The map
 ``tagging``        parts of speech
 ``reading``        the findings on attention, ``reading_figures`` their figures
 
-``maps``           where the dominant words look: pointing game, energy; ``rollout``, ``rows`` that it reads
-``maps_tables``    what the maps come to; ``maps_figure``, ``gallery`` of thumbnails, ``pictures`` of samples
-``causes``         masks on what a proxy attends to (``masks``), or proxies trained without it (``retrained``); tests in
-                   pairs (``paired``), ``causes_words``, ``causes_figure``
-``states``         what states say by themselves: ``norms``, ``similarity``, ``position``, ``lens``
-                   (``states_read``, ``states_figure``)
+``maps/``          where the dominant words look in the picture: pointing game, energy, rollout, gallery
+``causes/``        masks on what a proxy attends to, and proxies that are trained without it
+``states/``        what states say by themselves: norms, CKA, places, the logit lens
 ``curves``         figure 1: localization error against training steps, and final IoU per layer
 
 ``finding``        an answer with its numbers and figures, kept as files
 ``style``          the look that all figures share, direct labels, and how a figure is saved
-``report``         every question in turn; ``page`` makes one HTML page of the answers
+``report``         every question in turn; ``page/`` makes one HTML page of the answers
 """
 
 import importlib

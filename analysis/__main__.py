@@ -1,7 +1,14 @@
 """Routes ``python -m analysis COMMAND``."""
 
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
 from analysis.config import CausesConfig, CurvesConfig, MapsConfig, ReadingConfig, ReportConfig, StatesConfig
 from store.commandline import route
+
+if TYPE_CHECKING:
+    from analysis.finding import Finding
 
 
 def mass(config: ReadingConfig) -> None:
@@ -26,34 +33,33 @@ def words(config: ReadingConfig) -> None:
 
 def read(config: ReadingConfig, question: str) -> None:
     """Answer one question about the proxy's attention."""
-    from analysis import reading, report
+    from analysis import reading
     from analysis.study import Study
 
-    report.tell([getattr(reading, question)(Study(config))], config.out)
+    tell([getattr(reading, question)(Study(config))], config.out)
 
 
 def maps(config: MapsConfig) -> None:
     """Where the dominant words look at l*, against chance, other layers, other words and attention rollout."""
-    from analysis import report
+    from analysis.maps.findings import maps
     from analysis.study import Study
 
-    report.tell([report.mapped(Study(config), config)], config.out)
+    tell([maps(Study(config), config)], config.out)
 
 
 def causes(config: CausesConfig) -> None:
     """Whether the proxy needs what it attends to."""
-    from analysis import report
+    from analysis.causes.findings import causes
     from analysis.study import Study
 
-    report.tell([report.caused(Study(config), config)], config.out)
+    tell([causes(Study(config), config)], config.out)
 
 
 def states(config: StatesConfig) -> None:
     """Norms, similarity of layers, decoding of places and the logit lens, from the states alone."""
-    from analysis import report
-    from analysis.states import states
+    from analysis.states.findings import states
 
-    report.tell(states(config), config.out)
+    tell(states(config), config.out)
 
 
 def curves(config: CurvesConfig) -> None:
@@ -69,6 +75,18 @@ def report(config: ReportConfig) -> None:
     from analysis.report import report
 
     report(config)
+
+
+def tell(findings: "Sequence[Finding]", out: Path) -> None:
+    """Save findings and print their answers."""
+    for finding in findings:
+        print(f"{finding.question}\n{finding.answer}\n")
+        for caveat in finding.caveats:
+            print(f"  note: {caveat}")
+        for path in finding.save(out):
+            print(path)
+        for drawn in finding.figures:
+            print(out / f"{drawn.name}.png")
 
 
 COMMANDS = (mass, heads, layers, words, maps, causes, states, curves, report)

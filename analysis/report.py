@@ -5,7 +5,7 @@ What cannot be asked (no probes, no pictures, no attention rows …) is left out
 
 import platform
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from importlib.metadata import version
 from pathlib import Path
@@ -14,24 +14,13 @@ from typing import Any
 import polars as pl
 from tqdm import tqdm
 
-from analysis import (
-    causes,
-    concentration,
-    curves,
-    gallery,
-    maps,
-    maps_figure,
-    maps_tables,
-    page,
-    pictures,
-    reading,
-    states,
-)
-from analysis.config import CausesConfig, CurvesConfig, MapsConfig, ReportConfig, Trained
+from analysis import curves, page, reading
+from analysis.causes.findings import causes
+from analysis.config import CurvesConfig, ReportConfig
 from analysis.finding import Finding
+from analysis.maps.findings import gallery_file, maps
+from analysis.states.findings import states
 from analysis.study import Study
-from probes.boxes import iou
-from probes.trained import PREDICTIONS, TrainedProbe
 from store.errors import Refusal
 
 LIBRARIES = ("torch", "transformers", "zarr", "xarray", "dask", "polars", "matplotlib", "textblob")
@@ -58,9 +47,9 @@ def report(config: ReportConfig) -> Path:
         "heads": lambda: [reading.decisive(study)],
         "layers": lambda: [reading.vote(study)],
         "words": lambda: [reading.words(study)],
-        "maps": lambda: [mapped(study, config)],
-        "causes": lambda: [caused(study, config)],
-        "states": lambda: states.states(config),
+        "maps": lambda: [maps(study, config)],
+        "causes": lambda: [causes(study, config)],
+        "states": lambda: states(config),
     }
     findings: list[Finding] = []
     left_out: dict[str, str] = {}
@@ -81,7 +70,7 @@ def report(config: ReportConfig) -> Path:
             findings += found
             seconds[name] = round(time.perf_counter() - start, 1)
             bar.update()
-    shown = study_gallery(config) if "maps" not in left_out else None
+    shown = pl.read_parquet(gallery_file(config)) if "maps" not in left_out else None
     took = {"seconds": seconds | {"all": round(time.perf_counter() - began, 1)}}
     written = page.write(
         config.out,
@@ -93,105 +82,6 @@ def report(config: ReportConfig) -> Path:
     )
     print(f"\n{len(findings)} questions in {time.perf_counter() - began:.0f} s: {written}")
     return written
-
-
-def mapped(study: Study, config: MapsConfig) -> Finding:
-    """Where the dominant words look at l*: scores, figure 4, and the gallery's pictures beside them."""
-    main, opened = study.chosen.main, study.opened
-    # Where the template's tokens have rows, too, they may be the dominant ones.
-    whole = opened.identity.get("queries") == "prompt"
-    ranked = study.ranked_tokens(everyone=False) if whole else study.top(len(study.words))
-    found = maps.maps(opened, study.voted, ranked, samples=study.reported, seed=config.seed, tokens=config.top)
-    finding = maps_tables.finding(found, opened.samples)
-    sought, told = pictures.find_pictures(opened, config.data)
-    if sought is None:
-        tqdm.write(told)
-    making = {"store": str(opened.place), "attention": main.name, "proxy": main.proxy, "seed": config.seed}
-    _, drawn = maps_figure.draw(
-        found, finding.tables, sought, config.out, making, examples=config.examples, seed=config.seed
-    )
-    boxes = predicted(study, config)
-    shown = gallery.gallery(
-        opened,
-        found,
-        sought,
-        count=config.gallery,
-        seed=config.seed,
-        votes=study.voted.drop("part")
-        if boxes is None
-        else study.voted.drop("part").join(boxes, on="sample", how="left"),
-        boxes=None if boxes is None else boxes.drop("iou"),
-    )
-    config.out.mkdir(parents=True, exist_ok=True)
-    shown.write_parquet(gallery_file(config))
-    caveats = finding.caveats if sought is not None else (*finding.caveats, told)
-    first = concentration.top(study.shares_nt, study.reported, study.tokens, 1)
-    rowless = float((first["kind"] != "instruction").mean())
-    if not whole and rowless:
-        caveats += (
-            f"In {rowless:.1%} of pictures the proxy's most read token of all is one of the template, whose rows this "
-            "store does not keep; `python -m extract --queries prompt` keeps them. The maps are of the words.",
-        )
-    return Finding(finding.name, finding.question, finding.answer, (drawn,), finding.tables, caveats)
-
-
-def gallery_file(config: MapsConfig) -> Path:
-    """Where the gallery's samples and pictures are kept."""
-    return Path(config.out) / "maps-gallery.parquet"
-
-
-def study_gallery(config: MapsConfig) -> pl.DataFrame:
-    """The samples that ``mapped`` has kept for the page."""
-    return pl.read_parquet(gallery_file(config))
-
-
-def predicted(study: Study, config: Trained) -> pl.DataFrame | None:
-    """The main proxy's own boxes of held-out samples in pixels, and their ``iou``; None where its run is not found."""
-    opened, main = study.opened, study.chosen.main
-    try:
-        folder = causes.proxy_of(opened.derived[main.name].attrs, config.probes).folder
-    except Refusal:
-        return None
-    told = pl.read_parquet(folder / PREDICTIONS)
-    if not {"x1", "true_x1"} <= set(told.columns):  # it was taught something other than a box
-        return None
-    corners = ("x1", "y1", "x2", "y2")
-    boxes, true = (
-        told.select(prefix + name for name in corners).to_torch(dtype=pl.Float32) for prefix in ("", "true_")
-    )
-    sizes = opened.samples[told["sample"].to_list()].select("width", "height")
-    scaled = told.select(
-        "sample",
-        *((pl.col(name) * sizes["width" if name[0] == "x" else "height"]).alias(name) for name in corners),
-    )
-    return scaled.with_columns(iou=pl.Series(iou(boxes, true).numpy()))
-
-
-def caused(study: Study, config: CausesConfig) -> Finding:
-    """Whether the proxy needs what it attends to: masks, and proxies that were trained again without it."""
-    proxies = proxies_of(study, config)
-    votes = study.voted_by([one for one in study.chosen.seeds if one.seed in {probe.seed for probe in proxies}])
-    top = study.ranked_tokens(everyone=config.retrain)
-    return causes.finding(study.opened, proxies, votes, top, config)
-
-
-def proxies_of(study: Study, config: Trained) -> list[TrainedProbe]:
-    """The proxies of all seeds whose attention the store holds; of other seeds than the main one, those that are found.
-
-    Raises
-    ------
-    Refusal
-        When the main one is not found.
-    """
-    derived = study.opened.derived
-    found = []
-    for one in study.chosen.seeds:
-        try:
-            found.append(causes.proxy_of(derived[one.name].attrs, config.probes))
-        except Refusal:
-            if one == study.chosen.main:
-                raise
-    return found
 
 
 def provenance(study: Study, config: ReportConfig, left_out: dict[str, str]) -> dict[str, Any]:
@@ -216,15 +106,3 @@ def provenance(study: Study, config: ReportConfig, left_out: dict[str, str]) -> 
 
 def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
-
-
-def tell(findings: Sequence[Finding], out: Path) -> None:
-    """Save findings and print their answers."""
-    for finding in findings:
-        print(f"{finding.question}\n{finding.answer}\n")
-        for caveat in finding.caveats:
-            print(f"  note: {caveat}")
-        for path in finding.save(out):
-            print(path)
-        for drawn in finding.figures:
-            print(out / f"{drawn.name}.png")

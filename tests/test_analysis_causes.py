@@ -10,12 +10,11 @@ from planted_store import QUICK, Planted, alone
 
 import probes
 import store
-from analysis import causes_words
-from analysis.causes import LABELS, askable, finding, masking, mean_box, proxy_of
-from analysis.config import CausesConfig
-from analysis.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD, Prompt, masks_of, overlaps
-from analysis.paired import corrected, differences, summary
-from analysis.retrained import (
+from analysis.causes import words as causes_words
+from analysis.causes.masking import LABELS, askable, finding, masking, mean_box
+from analysis.causes.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD, Prompt, masks_of, overlaps
+from analysis.causes.paired import corrected, differences, summary
+from analysis.causes.retrained import (
     FULL,
     OTHER,
     OTHERS,
@@ -30,6 +29,8 @@ from analysis.retrained import (
     role_of,
     write_masks,
 )
+from analysis.config import CausesConfig
+from analysis.proxies import proxy_of
 from probes.boxes import iou
 from probes.sweep import train
 from probes.targets import unit_boxes

@@ -9,8 +9,8 @@ from looking import HEIGHT, WIDTH, Looking, top_words, votes_for
 from PIL import Image, ImageDraw
 
 import store
-from analysis.gallery import GUESSED, MOST_BYTES, SIDE, gallery, guessed_boxes, jpeg, outline
-from analysis.maps import STAR, maps
+from analysis.maps.gallery import GUESSED, MOST_BYTES, SIDE, gallery, guessed_boxes, jpeg, outline
+from analysis.maps.scores import STAR, maps
 
 
 class Painted:

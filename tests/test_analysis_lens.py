@@ -9,8 +9,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from analysis import lens
-from analysis.lens import Head, Lens, unigram
+from analysis.states import lens
+from analysis.states.lens import Head, Lens, unigram
 from extract.model import load_model, weight_hashes
 from extract.pocket.build import WEIGHTS
 from store.errors import Refusal

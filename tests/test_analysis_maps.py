@@ -8,12 +8,12 @@ import pytest
 from looking import BLOCKS, LOOKING, Looking, top_words, votes_for
 
 import store
-from analysis import maps as maps_module
-from analysis import rows as rows_module
-from analysis.maps import ALL, CONTRAST, LAST, OBJECT, OTHERS, RANDOM, ROLLOUT, ROLLOUT_STAR, STAR, Boxes, maps
-from analysis.maps_figure import chosen, draw
-from analysis.maps_tables import CHANCE, by_layer, by_stratum, comparisons, finding
-from analysis.rollout import rollout
+from analysis.maps import rows as rows_module
+from analysis.maps import scores as maps_module
+from analysis.maps.figure import chosen, draw
+from analysis.maps.rollout import rollout
+from analysis.maps.scores import ALL, CONTRAST, LAST, OBJECT, OTHERS, RANDOM, ROLLOUT, ROLLOUT_STAR, STAR, Boxes, maps
+from analysis.maps.tables import CHANCE, by_layer, by_stratum, comparisons, finding
 from probes.statistics import holm, interval, sign_flip
 from store.errors import Refusal
 from store.synthetic import synthetic_plan, synthetic_store

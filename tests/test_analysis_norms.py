@@ -5,7 +5,7 @@ import polars as pl
 import pytest
 import torch
 
-from analysis.norms import KINDS, OTHER, PADDING, Norms, answer, measured, quantile_ends, registers
+from analysis.states.norms import KINDS, OTHER, PADDING, Norms, answer, measured, quantile_ends, registers
 from store.inspection import MASSIVE
 
 KINDS_S = [[0, 0, 0, 0, 1, 1, 2], [0, 0, 0, 1, 2], [0, 0, 1, 1, 1, OTHER]]

@@ -7,7 +7,7 @@ from PIL import Image
 from reviewing import make_store
 
 import store
-from analysis.pictures import SamplePictures, blank, find_pictures, lay_over, resized
+from analysis.maps.pictures import SamplePictures, blank, find_pictures, lay_over, resized
 from extract.scenes.shards import ScenesConfig, write_scenes
 from store.errors import Refusal
 from store.synthetic import synthetic_plan, synthetic_store

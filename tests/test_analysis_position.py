@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.position import CLASSES, RIDGE, Asked, Decoder, Ridge, answer, cells, one_hot, shuffled_within
+from analysis.states.position import CLASSES, RIDGE, Asked, Decoder, Ridge, answer, cells, one_hot, shuffled_within
 
 
 def ridge_by_hand(states, targets):

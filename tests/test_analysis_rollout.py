@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from analysis.rollout import can_roll, rollout
+from analysis.maps.rollout import can_roll, rollout
 
 
 def whole_matrices(image_lqt, text_lqx, slots):

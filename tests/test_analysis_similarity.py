@@ -5,8 +5,8 @@ import polars as pl
 import pytest
 import torch
 
-from analysis.norms import PADDING
-from analysis.similarity import MINIBATCH, Grams, Views, answer, centred, minibatches, steps, table
+from analysis.states.norms import PADDING
+from analysis.states.similarity import MINIBATCH, Grams, Views, answer, centred, minibatches, steps, table
 
 
 def song(k, m):

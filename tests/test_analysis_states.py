@@ -9,10 +9,10 @@ import pytest
 from matplotlib.image import imread
 
 import store
-from analysis import states_read
 from analysis.config import StatesConfig
 from analysis.finding import Finding
-from analysis.states import states
+from analysis.states import read as states_read
+from analysis.states.findings import states
 from extract.config import POCKET, PRESETS
 from extract.run import extract as run
 from extract.scenes.shards import ScenesConfig, write_scenes

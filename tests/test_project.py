@@ -24,8 +24,8 @@ ALLOWED = {
 # lie where extract finds them, and so do the norm and the head of a checkpoint.
 REACHES_BACK = {
     "probes/trained.py": {"extract"},
-    "analysis/pictures.py": {"extract"},
-    "analysis/lens.py": {"extract"},
+    "analysis/maps/pictures.py": {"extract"},
+    "analysis/states/lens.py": {"extract"},
 }
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 

@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 from tqdm import tqdm
 
-from analysis.rollout import can_roll, rollout
-from analysis.rows import Rows, blocks_with_rows, keeps_text_rows, read_rows
+from analysis.maps.rollout import can_roll, rollout
+from analysis.maps.rows import Rows, blocks_with_rows, keeps_text_rows, read_rows
 from store.errors import Refusal
 from store.reader import Store
 

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from tokenizers import Tokenizer
 from torch import Tensor, nn
 
-from analysis.norms import measured
+from analysis.states.norms import measured
 from store.errors import Refusal
 
 LOGIT_BYTES = 256 * 2**20

@@ -15,7 +15,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from analysis import style
-from analysis.similarity import NAMES, VIEWS, steps
+from analysis.states.similarity import NAMES, VIEWS, steps
 
 NORMS, CKA, POSITION, LENS = (f"figure-7-states-{name}" for name in ("norms", "cka", "position", "lens"))
 

@@ -3,10 +3,11 @@
 import polars as pl
 
 import store
-from analysis import lens, norms, position, similarity, states_figure
 from analysis.config import StatesConfig
 from analysis.finding import Drawn, Finding
-from analysis.states_read import Answers, Chosen, choose, read
+from analysis.states import figure as states_figure
+from analysis.states import lens, norms, position, similarity
+from analysis.states.read import Answers, Chosen, choose, read
 
 ONE_PICTURE = "One sample a picture is read, so that images, samples and rows are the same; intervals are over images."
 

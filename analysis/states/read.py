@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from analysis import lens, norms, position, similarity
 from analysis.config import StatesConfig
+from analysis.states import lens, norms, position, similarity
 from probes import targets
 from store.batches import Batch
 from store.errors import Refusal

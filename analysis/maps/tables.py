@@ -1,6 +1,6 @@
 """What the scored maps come to: each condition against chance and against l*, by block, by stratum, and in words.
 
-Shape suffixes: ``k`` quantity, ``n`` sample, ``r`` bootstrap draw; see `analysis.maps` for the others.
+Shape suffixes: ``k`` quantity, ``n`` sample, ``r`` bootstrap draw; see `analysis.maps.scores` for the others.
 """
 
 from collections.abc import Sequence
@@ -9,7 +9,8 @@ import numpy as np
 import polars as pl
 
 from analysis.finding import Drawn, Finding
-from analysis.maps import (
+from analysis.maps.rollout import LIMITS
+from analysis.maps.scores import (
     ALL,
     CONTRAST,
     LAST,
@@ -23,7 +24,6 @@ from analysis.maps import (
     STAR,
     Maps,
 )
-from analysis.rollout import LIMITS
 from probes.panel import Panel, area_cuts, strata
 from probes.statistics import benjamini_hochberg, ends, holm, mean_draws, means, sign_flip
 

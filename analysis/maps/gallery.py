@@ -9,8 +9,8 @@ import polars as pl
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-from analysis.maps import CORNERS, METRICS, STAR, Maps
-from analysis.pictures import SamplePictures, blank, lay_over, resized
+from analysis.maps.pictures import SamplePictures, blank, lay_over, resized
+from analysis.maps.scores import CORNERS, METRICS, STAR, Maps
 from store.reader import Store
 
 SIDE = 224

@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
 from analysis import style
-from analysis.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD
-from analysis.retrained import AGAINST, FULL, TOKENS, VOTED
+from analysis.causes.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD
+from analysis.causes.retrained import AGAINST, FULL, TOKENS, VOTED
 
 NAME = "figure-8-causes"
 MASKED = {

@@ -14,7 +14,7 @@ import polars as pl
 import torch
 from torch import Tensor
 
-from analysis.norms import KINDS, of_kinds
+from analysis.states.norms import KINDS, of_kinds
 from probes import statistics
 
 VIEWS = ("image", "instruction", "last")

@@ -4,22 +4,35 @@ Shape suffixes: ``s`` proxy (seed), ``n`` sample that is asked about, ``l`` VLM 
 """
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import polars as pl
 import torch
 
-from analysis import causes_figure, causes_words
+from analysis.causes import figure as causes_figure
+from analysis.causes import words as causes_words
+from analysis.causes.masks import (
+    CONTROLS,
+    CROSSED,
+    KEPT,
+    LAYER,
+    NOTHING,
+    TOKEN,
+    WORD,
+    Mask,
+    Prompt,
+    masks_of,
+    overlaps,
+    voted,
+)
+from analysis.causes.paired import corrected, differences, summary
+from analysis.causes.retrained import retrain, retrained
 from analysis.config import CausesConfig
 from analysis.finding import Drawn, Finding
-from analysis.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD, Mask, Prompt, masks_of, overlaps, voted
-from analysis.paired import corrected, differences, summary
-from analysis.retrained import retrain, retrained
 from probes import boxes, floors, targets
 from probes.data import Source
-from probes.trained import MAKING, TrainedProbe, load
+from probes.trained import TrainedProbe
 from store.errors import Refusal
 
 LABELS = {
@@ -125,28 +138,6 @@ def finding(
     causes_figure.draw(tables, told.title, told.note, config.out, making)
     figure = Drawn(causes_figure.NAME, told.caption)
     return Finding("causes", "Is attention cause?", told.answer, (figure,), tables, told.caveats)
-
-
-def proxy_of(attributes: Mapping[str, Any], probes: Path, device: str = "cpu") -> TrainedProbe:
-    """The proxy whose attention a derived array is, from where it was trained, or else from the run in ``probes``.
-
-    ``attributes`` are those that `python -m probes attend` gave the array.
-
-    Raises
-    ------
-    Refusal
-        When it is in neither place, or another one has its name there.
-    """
-    name = f"{attributes['spec']['name']}-seed{attributes['seed']}"
-    for run in dict.fromkeys((Path(attributes["run"]), Path(probes))):
-        if (run / "proxies" / name / MAKING).exists():
-            probe = load(run / "proxies" / name, device)
-            if probe.hash == attributes["proxy"]:
-                return probe
-    raise Refusal(
-        f"the proxy {name} ({attributes['proxy'][:8]}) whose attention is in the store is neither in "
-        f"{attributes['run']} nor in {probes}: give --probes, the folder of the run that trained it"
-    )
 
 
 def askable(opened: Any, probe: TrainedProbe, split: str, most: int, seed: int) -> np.ndarray:

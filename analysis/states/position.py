@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
-from analysis.norms import measured
+from analysis.states.norms import measured
 
 CELLS = 3
 """Rows and columns of the grid of cells."""

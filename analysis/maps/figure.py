@@ -15,10 +15,10 @@ from matplotlib.ticker import PercentFormatter
 
 from analysis import style
 from analysis.finding import Drawn
-from analysis.gallery import extent_of
-from analysis.maps import CORNERS, LAST, OBJECT, RANDOM, ROLLOUT, STAR, Maps
-from analysis.maps_tables import ALPHA, CHANCE
-from analysis.pictures import SamplePictures, blank, lay_over
+from analysis.maps.gallery import extent_of
+from analysis.maps.pictures import SamplePictures, blank, lay_over
+from analysis.maps.scores import CORNERS, LAST, OBJECT, RANDOM, ROLLOUT, STAR, Maps
+from analysis.maps.tables import ALPHA, CHANCE
 
 NAME = "figure-4-maps"
 ACROSS = 4

@@ -15,8 +15,8 @@ import numpy as np
 import polars as pl
 
 import store
-from analysis.masks import Prompt, of_seed, voted
-from analysis.paired import corrected, differences
+from analysis.causes.masks import Prompt, of_seed, voted
+from analysis.causes.paired import corrected, differences
 from probes import boxes
 from probes.config import TrainConfig
 from probes.learn import Job

@@ -6,8 +6,8 @@ from typing import Any
 
 import polars as pl
 
-from analysis.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD
-from analysis.retrained import AGAINST, FULL, TOKENS, VOTED
+from analysis.causes.masks import CONTROLS, CROSSED, KEPT, LAYER, NOTHING, TOKEN, WORD
+from analysis.causes.retrained import AGAINST, FULL, TOKENS, VOTED
 
 SURE = 0.05
 MOST = 0.5

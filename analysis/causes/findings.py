@@ -1,0 +1,15 @@
+"""Whether the proxies of a study need what they attend to."""
+
+from analysis.causes import masking
+from analysis.config import CausesConfig
+from analysis.finding import Finding
+from analysis.proxies import proxies_of
+from analysis.study import Study
+
+
+def causes(study: Study, config: CausesConfig) -> Finding:
+    """Whether the proxy needs what it attends to: masks, and proxies that were trained again without it."""
+    proxies = proxies_of(study, config.probes)
+    votes = study.voted_by([one for one in study.chosen.seeds if one.seed in {probe.seed for probe in proxies}])
+    top = study.ranked_tokens(everyone=config.retrain)
+    return masking.finding(study.opened, proxies, votes, top, config)
