@@ -1,10 +1,10 @@
 """Routes ``python -m analysis COMMAND``."""
 
+import json
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from analysis.config import CausesConfig, CurvesConfig, MapsConfig, ReadingConfig, ReportConfig, StatesConfig
+from analysis.config import CausesConfig, Common, CurvesConfig, MapsConfig, ReadingConfig, ReportConfig, StatesConfig
 from store.commandline import route
 
 if TYPE_CHECKING:
@@ -36,7 +36,7 @@ def read(config: ReadingConfig, question: str) -> None:
     from analysis import reading
     from analysis.study import Study
 
-    tell([getattr(reading, question)(Study(config))], config.out)
+    tell([getattr(reading, question)(Study(config))], config)
 
 
 def maps(config: MapsConfig) -> None:
@@ -44,7 +44,7 @@ def maps(config: MapsConfig) -> None:
     from analysis.maps.findings import maps
     from analysis.study import Study
 
-    tell([maps(Study(config), config)], config.out)
+    tell([maps(Study(config), config)], config)
 
 
 def causes(config: CausesConfig) -> None:
@@ -52,14 +52,14 @@ def causes(config: CausesConfig) -> None:
     from analysis.causes.findings import causes
     from analysis.study import Study
 
-    tell([causes(Study(config), config)], config.out)
+    tell([causes(Study(config), config)], config)
 
 
 def states(config: StatesConfig) -> None:
     """Norms, similarity of layers, decoding of places and the logit lens, from the states alone."""
     from analysis.states.findings import states
 
-    tell(states(config), config.out)
+    tell(states(config), config)
 
 
 def curves(config: CurvesConfig) -> None:
@@ -77,16 +77,18 @@ def report(config: ReportConfig) -> None:
     report(config)
 
 
-def tell(findings: "Sequence[Finding]", out: Path) -> None:
+def tell(findings: "Sequence[Finding]", config: Common) -> None:
     """Save findings and print their answers."""
-    for finding in findings:
+    written = [finding.save(config.out) for finding in findings]
+    if config.json:
+        print(json.dumps({"findings": [finding.told(config.out) for finding in findings]}, ensure_ascii=False))
+        return
+    for finding, paths in zip(findings, written, strict=True):
         print(f"{finding.question}\n{finding.answer}\n")
         for caveat in finding.caveats:
             print(f"  note: {caveat}")
-        for path in finding.save(out):
+        for path in [*paths, *(config.out / f"{drawn.name}.png" for drawn in finding.figures)]:
             print(path)
-        for drawn in finding.figures:
-            print(out / f"{drawn.name}.png")
 
 
 COMMANDS = (mass, heads, layers, words, maps, causes, states, curves, report)

@@ -16,6 +16,8 @@ class Common:
     """Folder of the answer, its tables (parquet) and its figures (PNG, SVG, the drawn numbers, the command)."""
     seed: int = 0
     """Seed of all that is drawn: bootstraps, subsamples, random layers, tokens and heads."""
+    json: bool = False
+    """Print one JSON object: every question with its answer, caveats, and the files of its tables and figures."""
 
 
 @dataclass(frozen=True)

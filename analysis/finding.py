@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 import polars as pl
 
@@ -57,6 +58,18 @@ class Finding:
         written.append(out / f"{self.name}{SUFFIX}")
         write_file(written[-1], json.dumps(told, indent=1, ensure_ascii=False).encode())
         return written
+
+    def told(self, out: Path) -> dict[str, Any]:
+        """JSON-able: the answer, and where ``save`` and ``style.save`` put the rest."""
+        out = Path(out)
+        return {
+            "name": self.name,
+            "question": self.question,
+            "answer": self.answer,
+            "caveats": list(self.caveats),
+            "tables": {table: str(out / f"{self.name}-{table}.parquet") for table in self.tables},
+            "figures": [str(out / f"{drawn.name}.png") for drawn in self.figures],
+        }
 
     @classmethod
     def load(cls, out: Path, name: str) -> "Finding":

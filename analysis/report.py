@@ -3,10 +3,11 @@
 What cannot be asked (no probes, no pictures, no attention rows …) is left out with its reason, here and on the page.
 """
 
+import json
 import platform
 import time
 from collections.abc import Callable, Iterable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from analysis.config import CurvesConfig, ReportConfig
 from analysis.finding import Finding
 from analysis.maps.findings import gallery_file, maps
 from analysis.states.findings import states
+from analysis.states.lens import Head
 from analysis.study import Study
 from store.errors import Refusal
 
@@ -49,11 +51,19 @@ def report(config: ReportConfig) -> Path:
         "words": lambda: [reading.words(study)],
         "maps": lambda: [maps(study, config)],
         "causes": lambda: [causes(study, config)],
-        "states": lambda: states(config),
+        "states": lambda: states(replace(config, no_lens=True) if "lens" in left_out else config),
     }
     findings: list[Finding] = []
     left_out: dict[str, str] = {}
     seconds: dict[str, float] = {}
+
+    def say(words: str) -> None:
+        if not config.json:
+            tqdm.write(words)
+
+    if not config.no_lens and (lacking := without_lens(study, config)):
+        left_out["lens"] = lacking
+        say(f"lens is left out: {lacking}")
     with tqdm(total=len(asked), desc="report", unit="question") as bar:
         for name, ask in asked.items():
             bar.set_postfix_str(name)
@@ -62,11 +72,11 @@ def report(config: ReportConfig) -> Path:
                 found = list(ask())
             except Refusal as refusal:
                 left_out[name] = str(refusal)
-                tqdm.write(f"{name} is left out: {refusal}")
+                say(f"{name} is left out: {refusal}")
                 found = []
             for finding in found:
                 finding.save(config.out)
-                tqdm.write(f"\n{finding.question}\n{finding.answer}")
+                say(f"\n{finding.question}\n{finding.answer}")
             findings += found
             seconds[name] = round(time.perf_counter() - start, 1)
             bar.update()
@@ -80,8 +90,21 @@ def report(config: ReportConfig) -> Path:
         shown,
         provenance(study, config, left_out) | took,
     )
-    print(f"\n{len(findings)} questions in {time.perf_counter() - began:.0f} s: {written}")
+    if config.json:
+        told = {"page": str(written), "findings": [one.told(config.out) for one in findings], "left_out": left_out}
+        print(json.dumps(told, ensure_ascii=False))
+    else:
+        print(f"\n{len(findings)} questions in {time.perf_counter() - began:.0f} s: {written}")
     return written
+
+
+def without_lens(study: Study, config: ReportConfig) -> str | None:
+    """Why the logit lens cannot be asked, None if it can."""
+    try:
+        Head.of(study.opened.identity, config.checkpoint)
+    except Refusal as refusal:
+        return str(refusal)
+    return None
 
 
 def provenance(study: Study, config: ReportConfig, left_out: dict[str, str]) -> dict[str, Any]:

@@ -126,6 +126,8 @@ def left_out(config: SweepConfig, layers: Sequence[str], text_tokens: int) -> It
     middle = config.prompt_layers or middle_third(layers)
     if "prompt" in config.parts and not middle:
         yield "prompt is left out: the store holds no block; --prompt-layers names what to read"
+    if "joint" in config.parts and len(blocks_of(layers)) < 2:
+        yield "joint is left out: it reads the blocks together, and the store holds fewer than two"
     if "floors" in config.parts and "embed" not in layers:
         yield "floors text-only and image-only are left out: the store holds no layer embed"
     if "matched" in config.parts and not 1 < len(middle) <= text_tokens:

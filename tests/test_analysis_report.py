@@ -91,6 +91,16 @@ def test_each_question_is_a_command_that_prints_its_answer(pocket, tmp_path, cap
     assert f"{asked.figures[0].name}.png" in told.out
 
 
+def test_one_json_object_is_printed_when_asked_for(pocket, tmp_path, capsys):
+    page = report(asked(pocket, tmp_path, json=True, checkpoint=str(tmp_path / "nowhere")))
+    told = json.loads(capsys.readouterr().out)
+    assert told["page"] == str(page)
+    assert [one["name"] for one in told["findings"]] == [name for name in QUESTIONS if name != "lens"]
+    assert set(told["left_out"]) == {"lens"} and "nowhere" in told["left_out"]["lens"]
+    for one in told["findings"]:
+        assert all(Path(path).is_file() for path in [*one["tables"].values(), *one["figures"]])
+
+
 def test_a_store_without_attention_or_split_is_refused_in_one_line(pocket, tmp_path):
     with pytest.raises(Refusal, match="has no such split; it has test, train"):
         report(asked(pocket, tmp_path, report="dev"))

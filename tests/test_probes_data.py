@@ -198,8 +198,9 @@ def names(config, **changes):
 def test_a_sweep_has_a_probe_of_every_part_for_every_layer():
     config = SweepConfig("unused", prompt_layers=("0", "1"))
     found = names(config, controls=("random-weights",))
-    assert len(found) == len(set(found)) == 5 + 1 + 2 + 5 + 5 + 5 + 4 + 20 + 30
+    assert len(found) == len(set(found)) == 5 + 1 + 2 + 2 + 5 + 5 + 5 + 4 + 20 + 30
     assert {"layer-embed", "mid-prompt", "floor-text-only", "permuted-1", "control-final", "random-0"} <= set(found)
+    assert {"joint-0+1+2-text", "permuted-0+1+2-text"} <= set(found)  # as `probes train` names them
     assert {"matched-all-1", "matched-prompt-n", "layer-2-1-of-16", "codelength-2-1-of-64"} <= set(found)
 
 

@@ -174,7 +174,8 @@ def test_a_whole_sweep_has_every_part_and_its_tables_are_of_it(whole):
         "floor": 5,
         "layer": 5,
         "prompt": 1,
-        "control": 15,
+        "control": 16,  # each layer thrice, and the joint probe's twin
+        "other": 1,
         "matched": 4,
         "efficiency": 20,
         "codelength": 25,
