@@ -10,11 +10,14 @@ import polars as pl
 
 from analysis import concentration, heads, layers, reading_figures, style
 from analysis.attention import Written
+from analysis.census import votes
 from analysis.finding import Drawn, Finding
 from analysis.study import Study
 from probes.statistics import ends, hierarchical_draws, interval, means
 from probes.verdict import named
 
+HEAD_DRAWS = 20
+"""Draws of random heads."""
 TOP = 3
 """Tokens a sample that count as its most read ones."""
 
@@ -189,6 +192,13 @@ def vote(study: Study) -> Finding:
         f"even vote would give {first['even']:.3f}). {_share_of(tied)} of the votes are ties, broken by total mass; "
         f"their mean entropy is {_triple(entropy)} bits."
     )
+    at_random = random_heads(study, names.index(first["layer"]))
+    if len(at_random):
+        answer += (
+            f" As many heads drawn from the others name that layer in {at_random['share'].mean():.1%} of images "
+            f"({_least_most(at_random['share'])} in {len(at_random)} draws) and agree with l* on "
+            f"{at_random['agreed'].mean():.1%}."
+        )
     for row in agreement.iter_rows(named=True):
         whose = "seeds" if row["labels"] == "true" else "twins taught permuted labels"
         beyond = (
@@ -204,9 +214,32 @@ def vote(study: Study) -> Finding:
     samples = study.voted.filter(pl.col("part") == "report").drop("part")
     return Finding(
         "layers", "Which layer do its decisive heads vote for?", answer, (drawn,),
-        {"votes": by_seed, "agreement": agreement, "samples": samples},
+        {"votes": by_seed, "agreement": agreement, "random_heads": at_random, "samples": samples},
         ("Ties are many where decisive heads are few.",),
     )  # fmt: skip
+
+
+def random_heads(study: Study, layer: int) -> pl.DataFrame:
+    """The null of the vote: heads that are not decisive, as many as are, drawn again and again; a row a draw.
+
+    ``share`` of the reported images that they vote for ``layer`` in, and of those where they ``agreed`` with l*. No
+    rows where every head is decisive.
+    """
+    census, decisive_h = study.census(study.chosen.main), study.decisive(study.chosen.main).decisive_h
+    own_n = study.votes(study.chosen.main).l_star_s[study.reported]
+    others = np.flatnonzero(~decisive_h)
+    generator = np.random.default_rng([study.config.seed, 11])
+    rows = []
+    for _ in range(HEAD_DRAWS if len(others) else 0):
+        drawn_h = np.zeros(len(decisive_h), bool)
+        drawn_h[generator.choice(others, min(len(others), int(decisive_h.sum())), replace=False)] = True
+        said_n = votes(census, drawn_h).l_star_s[study.reported]
+        rows.append({"share": float((said_n == layer).mean()), "agreed": float((said_n == own_n).mean())})
+    return pl.DataFrame(rows, schema={"share": pl.Float64, "agreed": pl.Float64})
+
+
+def _least_most(values: pl.Series) -> str:
+    return f"{values.min():.1%} to {values.max():.1%}"
 
 
 def _agreement(study: Study, labels: str, proxies: Sequence[Written]) -> dict[str, object]:

@@ -2,12 +2,15 @@
 
 import json
 
+import numpy as np
+import plain_analysis as plain
 import polars as pl
 import pytest
 from attended_store import attended_store
 from matplotlib.image import imread
 
 from analysis import reading
+from analysis.attention import mass
 from analysis.config import Attended
 from analysis.finding import Finding
 from analysis.study import Study
@@ -77,3 +80,17 @@ def test_one_seed_without_twins_claims_nothing_of_seeds_or_controls(tmp_path):
     answers = [ask(study).answer for ask in ASKED.values()]
     assert not any("permuted" in answer or "κ" in answer for answer in answers)
     assert "1 seed" in answers[0]
+
+
+def test_random_heads_vote_as_plain_loops_over_their_draws_say(tmp_path):
+    study = Study(Attended(attended_store(tmp_path / "store", 40, seeds=(0,), permuted=()), tmp_path))
+    found = reading.random_heads(study, 2)
+    masses = mass(study.opened).values.astype(np.float64)
+    own = [plain.vote(masses[s], [0, 1, 2])[0] for s in study.reported]
+    generator = np.random.default_rng([0, 11])
+    for row in found.iter_rows(named=True):
+        drawn = sorted(generator.choice([3, 4, 5], 3, replace=False).tolist())
+        said = [plain.vote(masses[s], drawn)[0] for s in study.reported]
+        assert row["share"] == pytest.approx(np.mean([layer == 2 for layer in said]))
+        assert row["agreed"] == pytest.approx(np.mean([a == b for a, b in zip(said, own, strict=True)]))
+    assert found.height == reading.HEAD_DRAWS
