@@ -103,3 +103,16 @@ def test_attention_that_was_summed_over_tokens_says_how_to_keep_them(place, tmp_
     study = Study(Attended(place, tmp_path, attention="attention-true-1"))
     with pytest.raises(Refusal, match=r"is summed over tokens: run .*--keep tokens"):
         _ = study.shares_nt
+
+
+def test_a_sample_whose_words_have_no_mass_at_all_is_left_out_of_what_is_said_of_words(study):
+    share_nt = study.shares_nt.copy()
+    kinds = study.words.filter(pl.col("sample") == study.reported[0])
+    share_nt[0, kinds["token"].to_numpy()] = 0  # as float16 rounds them
+    spoken_nt = concentration.among(share_nt, study.reported, study.words)
+    assert np.isnan(spoken_nt[0]).all() and not np.isnan(spoken_nt[1]).all()
+    top = concentration.top(spoken_nt, study.reported, study.words, 1)
+    assert study.reported[0] not in top["sample"].to_list() and top.height == len(study.reported) - 1
+    tags = concentration.by_tag(spoken_nt[1:], study.reported[1:], study.words)
+    assert tags["n"].unique().to_list() == [len(study.reported) - 1]
+    assert tags["share"].sum() == pytest.approx(1, abs=1e-5)
