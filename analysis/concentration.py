@@ -116,8 +116,9 @@ def top(share_nt: np.ndarray, samples_n: np.ndarray, tokens: pl.DataFrame, count
 def by_tag(share_nt: np.ndarray, samples_n: np.ndarray, tokens: pl.DataFrame) -> pl.DataFrame:
     """What share of the layer's mass goes to the tokens of each tag, and what an even spread would give them.
 
-    ``tokens`` has ``sample``, ``token`` and ``tag``; those of other samples are passed over. One row a tag: ``share`` with its interval over images, ``even``,
-    ``excess`` (share less even) with its interval, ``first`` (how often the most read token is of the tag), and ``n``.
+    ``tokens`` has ``sample``, ``token`` and ``tag``; those of other samples are passed over. One row a tag: ``share``
+    with its interval over images, ``even``, ``excess`` (share less even) with its interval, ``first`` (how often the
+    most read token is of the tag), and ``n``.
     """
     tokens = tokens.filter(pl.col("sample").is_in(samples_n.tolist()))
     at = places(samples_n, tokens)
