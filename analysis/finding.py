@@ -1,5 +1,6 @@
 """What one question to a store came to: an answer in words, the numbers behind it, and figures; kept as files."""
 
+import io
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
@@ -47,7 +48,9 @@ class Finding:
         written = []
         for table, rows in self.tables.items():
             written.append(out / f"{self.name}-{table}.parquet")
-            rows.write_parquet(written[-1])
+            buffer = io.BytesIO()
+            rows.write_parquet(buffer)
+            write_file(written[-1], buffer.getvalue())  # whole or not at all
         told = {
             "question": self.question,
             "answer": self.answer,

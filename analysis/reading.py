@@ -114,14 +114,15 @@ def decisive(study: Study) -> Finding:
     of = census.drop_sh[samples][:, found.decisive_h].mean(1)
     others = census.drop_sh[samples][:, ~found.decisive_h]
     how = "given" if found.given else f"chosen on {int(census.count_p[0]):,} images of {study.config.choose}"
+    count = int(found.decisive_h.sum())
     answer = (
-        f"{int(found.decisive_h.sum())} of {len(census.heads)} heads of {main.called} are decisive (T = "
+        f"{count} of {len(census.heads)} heads of {main.called} {'is' if count == 1 else 'are'} decisive (T = "
         f"{found.threshold:.3f}, {how}): {', '.join(table.filter(pl.col('decisive'))['head'])}. On {len(samples):,} "
-        f"images of {study.config.report} they give their first layer {_interval(of)} more mass than their second"
+        f"images of {study.config.report} the first layer has {_interval(of)} more mass than the second there"
     )
     if others.size:
-        answer += f", the other heads {_interval(others.mean(1))}"
-    answer += f"; {int(found.stable_h.sum())} of them stay above T there."
+        answer += f", in the other heads {_interval(others.mean(1))}"
+    answer += f"; above T on these images, too: {int(found.stable_h.sum())}."
     answer += " [ABP] sees a drop of about 0.6; an even spread has none."
     if chosen.permuted:
         floor, own = (twins.filter(labels=labels) for labels in ("permuted", main.labels))
@@ -263,16 +264,17 @@ def words(study: Study) -> Finding:
     n, main = study.reported, study.chosen.main
     share_nt, spoken = study.shares_nt, study.words
     ranked = concentration.ranked(share_nt)
-    tags = [concentration.by_tag(share_nt, n, study.tokens).with_columns(among=pl.lit("all tokens"))]
+    groups = {"all tokens": (share_nt, n, study.tokens)}
     spoken_nt = concentration.among(share_nt, n, spoken)
     known = ~np.isnan(spoken_nt).all(1)
-    tags.append(concentration.by_tag(spoken_nt[known], n[known], spoken).with_columns(among=pl.lit("instruction")))
-    by_tag = pl.concat(tags)
-    named_words = [
-        concentration.words(concentration.top(share, n, table, 1), table).with_columns(among=pl.lit(among))
-        for share, table, among in ((share_nt, study.tokens, "all tokens"), (spoken_nt, spoken, "instruction"))
-    ]
-    by_word = pl.concat(named_words)
+    if known.any():  # a proxy may read no words, or words may have no mass
+        groups["instruction"] = (spoken_nt[known], n[known], spoken)
+    tags, named_words = [], []
+    for among, (share, samples, table) in groups.items():
+        tags.append(concentration.by_tag(share, samples, table).with_columns(among=pl.lit(among)))
+        first = concentration.top(share, samples, table, 1)
+        named_words.append(concentration.words(first, table).with_columns(among=pl.lit(among)))
+    by_tag, by_word = pl.concat(tags), pl.concat(named_words)
     figure = reading_figures.words(by_tag, by_word, len(n))
     drawn = Drawn(
         "figure-5-words",
@@ -306,13 +308,16 @@ def words(study: Study) -> Finding:
         for row in among.iter_rows(named=True)
         if row["tag"] in ("noun", "adjective", "position")
     ]
-    answer += f" Among the instruction's tokens alone: {'; '.join(told)}."
+    if told:
+        answer += f" Among the instruction's tokens alone: {'; '.join(told)}."
     caveats = (
         "Parts of speech are told by a tagger, positions by a closed list of words (analysis/tagging.py).",
         "Tokens late in the prompt have seen all that is before them: a token that is read need not be what it says.",
+        "This is one proxy: where words have little of the mass, another training may read other words.",
     )
-    top = study.top(TOP).with_columns(called=pl.lit(main.called))
-    tables = {"tags": by_tag, "words": by_word, "ranks": ranked, "top": top}
+    tables = {"tags": by_tag, "words": by_word, "ranks": ranked}
+    if known.any():
+        tables["top"] = study.top(TOP).with_columns(called=pl.lit(main.called))
     return Finding("words", "Which tokens and words are read there?", answer, (drawn,), tables, caveats)
 
 

@@ -15,7 +15,15 @@ from probes.verdict import named
 
 WORDS = 12
 """Words that are shown."""
-HATCHES = {"position": "", "noun": "////", "adjective": "....", "verb": "xxxx", "function": "----", "template": "++++"}
+HATCHES = {
+    "position": "",
+    "noun": "////",
+    "adjective": "....",
+    "verb": "xxxx",
+    "function": "----",
+    "template": "++++",
+    "image": "oo",
+}
 """Parts of speech by hatch, so that they are told apart in grey."""
 
 
@@ -168,6 +176,10 @@ def words(by_tag: pl.DataFrame, by_word: pl.DataFrame, n: int) -> Figure:
             (spoken, "instruction", "Words of the instruction"),
         ):
             rows = by_tag.filter(among=among).sort("share")
+            axes.set_title(title if rows.height else f"{title}: none is read")
+            if rows.is_empty():
+                axes.set_axis_off()
+                continue
             places = np.arange(rows.height)
             reach = [rows["share"] - rows["share_low"], rows["share_high"] - rows["share"]]
             hatches = [HATCHES[tag] for tag in rows["tag"]]
@@ -177,7 +189,6 @@ def words(by_tag: pl.DataFrame, by_word: pl.DataFrame, n: int) -> Figure:
             axes.set_yticks(places, rows["tag"])
             axes.set_xlim(0, max(rows["share_high"].max(), rows["even"].max()) * 1.08)
             axes.set_xlabel("share of the mass at l*")
-            axes.set_title(title)
         rows = by_word.filter(among="instruction").sort("first", descending=True).head(WORDS).reverse()
         places = np.arange(rows.height)
         hatches = [HATCHES[tag] for tag in rows["tag"]]

@@ -134,12 +134,16 @@ class Study:
         return concentration.top(spoken_nt, self.reported, self.words, min(count, spoken_nt.shape[1]))
 
     def ranked_tokens(self, everyone: bool) -> pl.DataFrame:
-        """All tokens of the reported samples, or of every sample with attention, most read at l* first."""
+        """All prompt tokens of the reported samples, or of every sample with attention, most read at l* first.
+
+        Image tokens are not among them: their slots are those of another array.
+        """
         l_star_s = self.votes(self.chosen.main).l_star_s
         samples = np.flatnonzero(l_star_s >= 0) if everyone else self.reported
         share_nt = self.shares_of(samples, l_star_s) if everyone else self.shares_nt
         tokens = self.tokens_of(samples) if everyone else self.tokens
-        return concentration.top(share_nt, samples, tokens, share_nt.shape[1])
+        prompt = tokens.filter(pl.col("kind") != "image")
+        return concentration.top(concentration.among(share_nt, samples, prompt), samples, prompt, share_nt.shape[1])
 
     def voted_by(self, proxies: Sequence[Written]) -> pl.DataFrame:
         """The votes of several proxies on every sample: ``sample``, ``seed``, ``l_star``."""

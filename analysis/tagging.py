@@ -22,8 +22,8 @@ _POSITIONS = """
 POSITIONS = frozenset(_POSITIONS.split())
 """Words that say where, ordinals included: they count along a direction."""
 
-TAGS = ("position", "noun", "adjective", "verb", "function", "template")
-"""All tags: function is any other word (articles, prepositions, pronouns …), template any token of no word."""
+TAGS = ("position", "noun", "adjective", "verb", "function", "template", "image")
+"""All tags: function is any other word (articles, prepositions, pronouns …), template any text token of no word."""
 
 _BY_PREFIX = {"NN": "noun", "JJ": "adjective", "VB": "verb", "MD": "verb"}
 
@@ -46,7 +46,7 @@ def tags_of(instruction: str) -> tuple[str, ...]:
 
 
 def tagged(tokens: pl.DataFrame, instructions: pl.Series) -> pl.DataFrame:
-    """A token table (columns ``sample``, ``word_index``) with the column ``tag``; ``template`` where no word is.
+    """A token table (columns ``sample``, ``kind``, ``word_index``) with the column ``tag``, one of `TAGS`.
 
     ``instructions`` are those of all samples, by row of the samples table.
     """
@@ -59,4 +59,5 @@ def tagged(tokens: pl.DataFrame, instructions: pl.Series) -> pl.DataFrame:
     rows = rows.with_columns(word_index=pl.int_ranges(pl.col("tag").list.len(), dtype=tokens["word_index"].dtype))
     rows = rows.explode("tag", "word_index")
     found = tokens.join(rows, on=["sample", "word_index"], how="left", maintain_order="left")
-    return found.with_columns(pl.col("tag").fill_null("template"))
+    wordless = pl.when(pl.col("kind") == "image").then(pl.lit("image")).otherwise(pl.lit("template"))
+    return found.with_columns(pl.col("tag").fill_null(wordless))

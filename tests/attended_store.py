@@ -19,7 +19,7 @@ ASIDE = (2, 11)
 """Samples that were set aside: they have no states, no tokens and no attention."""
 
 
-def attended_store(path, n=40, seeds=(0, 1), permuted=(0,), by_token=True, seed=0, favourite="2") -> str:
+def attended_store(path, n=40, seeds=(0, 1), permuted=(0,), by_token=True, seed=0, favourite="2", tokens="text") -> str:
     """A store of ``n`` samples with attention arrays; most heads of true proxies give ``favourite`` most mass."""
     rng = np.random.default_rng(seed)
     spoken = [SAID[i % len(SAID)] for i in range(n)]
@@ -57,11 +57,12 @@ def attended_store(path, n=40, seeds=(0, 1), permuted=(0,), by_token=True, seed=
                         block.set_aside(s, "made to be")
                         continue
                     block.add(s, **_sample(rng, plan, words[s]))
-    longest = max(map(len, words)) + 3
+    counts = samples[{"text": "n_text", "image": "n_image"}[tokens]].to_numpy()
+    longest = int(counts.max())
     for labels, many in (("true", seeds), ("permuted", permuted)):
         for one in many:
-            values = made_attention(rng, samples["n_text"].to_numpy(), longest, favourite if labels == "true" else None)
-            spec = {"name": f"joint-{labels}", "layers": list(READ), "tokens": "text", "labels": labels}
+            values = made_attention(rng, counts, longest, favourite if labels == "true" else None)
+            spec = {"name": f"joint-{labels}", "layers": list(READ), "tokens": tokens, "labels": labels}
             kept = values if by_token and (labels, one) == ("true", seeds[0]) else np.nansum(values, -1)
             kept[[s for s in ASIDE if s < n]] = np.nan
             about = {

@@ -116,3 +116,15 @@ def test_a_sample_whose_words_have_no_mass_at_all_is_left_out_of_what_is_said_of
     tags = concentration.by_tag(spoken_nt[1:], study.reported[1:], study.words)
     assert tags["n"].unique().to_list() == [len(study.reported) - 1]
     assert tags["share"].sum() == pytest.approx(1, abs=1e-5)
+
+
+def test_prompt_tokens_are_ranked_whole_and_image_tokens_are_not_among_them(study, expected, tmp_path):
+    ranked = study.ranked_tokens(everyone=False)
+    for n, s in enumerate(study.reported.tolist()):
+        rows = ranked.filter(pl.col("sample") == s)
+        assert rows["token"].to_list() == np.argsort(-expected[n], kind="stable")[: rows.height].tolist()
+        assert rows["slot"].to_list() == rows["token"].to_list()  # the proxy read text, so both count alike
+    everyone = study.ranked_tokens(everyone=True)
+    assert everyone.filter(pl.col("sample").is_in(study.reported.tolist())).select(ranked.columns).equals(ranked)
+    pictured = Study(Attended(attended_store(tmp_path / "store", 20, tokens="image"), tmp_path))
+    assert pictured.ranked_tokens(everyone=False).is_empty()

@@ -94,3 +94,10 @@ def test_random_heads_vote_as_plain_loops_over_their_draws_say(tmp_path):
         assert row["share"] == pytest.approx(np.mean([layer == 2 for layer in said]))
         assert row["agreed"] == pytest.approx(np.mean([a == b for a, b in zip(said, own, strict=True)]))
     assert found.height == reading.HEAD_DRAWS
+
+
+def test_a_proxy_of_the_picture_alone_reads_no_words_and_says_so(tmp_path):
+    study = Study(Attended(attended_store(tmp_path / "store", 40, tokens="image"), tmp_path))
+    finding = reading.words(study)
+    assert finding.tables["tags"]["tag"].to_list() == ["image"] and "top" not in finding.tables
+    assert "instruction" not in finding.answer and finding.tables["tags"]["share"][0] == pytest.approx(1, abs=1e-5)

@@ -54,7 +54,8 @@ def test_the_report_answers_every_question_with_files_for_each(written):
                 assert (out / f"{drawn.name}.{suffix}").stat().st_size > 100
             assert json.loads((out / f"{drawn.name}.json").read_text())["command"]
     assert not re.search(r'(src|href)="https?://', text)
-    assert pl.read_parquet(out / "maps-gallery.parquet").height == 8
+    shown = pl.read_parquet(out / "maps-gallery.parquet")
+    assert shown.height == 8 and shown["words"].dtype == pl.String and "[&#x27;" not in text
 
 
 def test_the_same_store_gives_the_same_answers(pocket, written, tmp_path):

@@ -32,9 +32,13 @@ def test_every_word_of_any_text_has_exactly_one_known_tag(text):
 
 def test_tokens_take_the_tag_of_their_word_and_template_tokens_their_own():
     tokens = pl.DataFrame(
-        {"sample": [1, 1, 1, 0, 0], "word_index": [None, 0, 2, 1, 1]},
-        schema={"sample": pl.Int64, "word_index": pl.Int32},
+        {
+            "sample": [1, 1, 1, 0, 0, 0],
+            "kind": ["template", *["instruction"] * 4, "image"],
+            "word_index": [None, 0, 2, 1, 1, None],
+        },
+        schema_overrides={"word_index": pl.Int32},
     )
     found = tagged(tokens, pl.Series(["Remove leftmost ball", "Remove the ball"]))
-    assert found["tag"].to_list() == ["template", "verb", "noun", "position", "position"]
+    assert found["tag"].to_list() == ["template", "verb", "noun", "position", "position", "image"]
     assert found["sample"].to_list() == tokens["sample"].to_list()

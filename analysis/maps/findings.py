@@ -44,7 +44,7 @@ def maps(study: Study, config: MapsConfig) -> Finding:
         boxes=None if boxes is None else boxes.drop("iou"),
     )
     config.out.mkdir(parents=True, exist_ok=True)
-    shown.write_parquet(gallery_file(config))
+    shown.with_columns(pl.col("words").list.join(" · ")).write_parquet(gallery_file(config))
     caveats = finding.caveats if sought is not None else (*finding.caveats, told)
     first = concentration.top(study.shares_nt, study.reported, study.tokens, 1)
     rowless = float((first["kind"] != "instruction").mean())
