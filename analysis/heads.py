@@ -63,13 +63,13 @@ def otsu(values: np.ndarray) -> float:
     return float(ordered[best : best + 2].mean())
 
 
-def find(census: Census, threshold: float | None = None) -> Decisive:
+def find(census: Census, threshold: float | None = None, *, needed: bool = True) -> Decisive:
     """The decisive heads; T by `otsu` over the heads' drops on the choosing split if not given.
 
     Raises
     ------
     Refusal
-        When a split has no samples with attention, or no head's drop is above the given T.
+        When a split has no samples with attention, or no head's drop is above the given T and one is ``needed``.
     """
     for part, option in enumerate(("--choose", "--report")):
         if not census.count_p[part]:
@@ -77,7 +77,7 @@ def find(census: Census, threshold: float | None = None) -> Decisive:
     drop_ph = drops(census.ranked_phqk)
     chosen = otsu(drop_ph[0]) if threshold is None else threshold
     decisive_h = drop_ph[0] > chosen
-    if not decisive_h.any():
+    if needed and not decisive_h.any():
         top = int(np.argmax(drop_ph[0]))
         raise Refusal(
             f"--threshold {chosen:g}: no head is decisive; the largest drop is {drop_ph[0, top]:.3f}, of head "

@@ -160,7 +160,7 @@ def vote(study: Study) -> Finding:
     """l* of every sample: where it lies, how firm it is, and whether seeds agree."""
     chosen, main, n = study.chosen, study.chosen.main, study.reported
     names = study.census(main).layers
-    groups = {"true": chosen.seeds, "permuted": chosen.permuted}
+    groups = {"true": study.deciding(chosen.seeds), "permuted": study.deciding(chosen.permuted)}
     rows = []
     for labels, proxies in groups.items():
         for one in proxies:

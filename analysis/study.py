@@ -65,8 +65,12 @@ class Study:
         return self._censuses[one.name]
 
     def decisive(self, one: Written) -> Decisive:
-        """The decisive heads of a proxy, each by its own T unless one is given."""
-        return heads.find(self.census(one), self.config.threshold)
+        """The decisive heads of a proxy, each by its own T unless one is given; only the main proxy must have some."""
+        return heads.find(self.census(one), self.config.threshold, needed=one == self.chosen.main)
+
+    def deciding(self, proxies: Sequence[Written]) -> list[Written]:
+        """Those of the proxies that have decisive heads."""
+        return [one for one in proxies if self.decisive(one).decisive_h.any()]
 
     def votes(self, one: Written) -> Votes:
         """The votes of a proxy's decisive heads."""

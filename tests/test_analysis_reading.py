@@ -101,3 +101,11 @@ def test_a_proxy_of_the_picture_alone_reads_no_words_and_says_so(tmp_path):
     finding = reading.words(study)
     assert finding.tables["tags"]["tag"].to_list() == ["image"] and "top" not in finding.tables
     assert "instruction" not in finding.answer and finding.tables["tags"]["share"][0] == pytest.approx(1, abs=1e-5)
+
+
+def test_twins_without_a_decisive_head_have_no_vote_and_stop_nothing(tmp_path):
+    study = Study(Attended(attended_store(tmp_path / "store", 40), tmp_path, threshold=0.4))
+    assert not study.deciding(study.chosen.permuted) and study.deciding(study.chosen.seeds)
+    answers = [ask(study).answer for ask in ASKED.values()]
+    assert "twins taught permuted labels have 0.0 heads on average" in answers[1]
+    assert "permuted" not in answers[2] and not any("nan" in answer for answer in answers)

@@ -9,7 +9,8 @@ from analysis.study import Study
 
 def causes(study: Study, config: CausesConfig) -> Finding:
     """Whether the proxy needs what it attends to: masks, and proxies that were trained again without it."""
-    proxies = proxies_of(study, config.probes)
-    votes = study.voted_by([one for one in study.chosen.seeds if one.seed in {probe.seed for probe in proxies}])
+    voting = study.deciding(study.chosen.seeds)
+    proxies = [probe for probe in proxies_of(study, config.probes) if probe.seed in {one.seed for one in voting}]
+    votes = study.voted_by([one for one in voting if one.seed in {probe.seed for probe in proxies}])
     top = study.ranked_tokens(everyone=config.retrain)
     return masking.finding(study.opened, proxies, votes, top, config)
