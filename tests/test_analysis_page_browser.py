@@ -207,7 +207,8 @@ def test_filters_hold_together_and_when_nothing_fits_the_page_says_so(opened):
     page.type("text", " sun")
     assert page.shown == [] and page.count == "0 of 30 shown"
     assert page.all("#none-fits")[0].text == "No sample fits these filters."
-    page.click("#filters button")
+    page.focus("#filters button")  # the page is short now and may scroll away under a pointer
+    page.keys(Keys.ENTER)
     assert len(page.shown) == 30 and page.js("location.hash") == "#samples"
 
 
