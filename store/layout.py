@@ -490,16 +490,22 @@ def twin(name: str) -> str:
 
 
 def _table(place: Place, name: str) -> pl.DataFrame:
-    try:
-        data = place.read(name)
-        # Its name seals it, from format 2 on. Damage is not to be parsed: one bit can ask for any amount of memory.
-        seal = re.search(r"-([0-9a-f]{16})\.parquet$", name)
-        if seal and seal[1] != hashlib.sha256(data).hexdigest()[:16]:
-            raise pl.exceptions.ComputeError("its bytes are not those that its name has the hash of")
-        return pl.read_parquet(io.BytesIO(data))
-    except (FileNotFoundError, pl.exceptions.PolarsError) as failure:
-        reason = str(failure).splitlines()[0] if str(failure) else "it does not read"
-        raise Refusal(f"{place}/{name} is damaged ({reason}): run `python -m store repair {place}`") from None
+    """A table of the plan, or its twin where it is damaged; `verify` names the damage and `repair` mends it."""
+    sealed = re.search(r"-([0-9a-f]{16})\.parquet$", name)  # its name has its hash, from format 2 on
+    reason = "it is not there"
+    for path in (name, twin(name)) if sealed else (name,):
+        try:
+            data = place.read(path)
+            # Damage is not to be parsed: one bit can ask for any amount of memory.
+            if sealed and sealed[1] != hashlib.sha256(data).hexdigest()[:16]:
+                reason = "its bytes are not those that its name has the hash of"
+                continue
+            return pl.read_parquet(io.BytesIO(data))
+        except FileNotFoundError:
+            continue
+        except pl.exceptions.PolarsError as failure:
+            reason = str(failure).splitlines()[0] if str(failure) else "it does not read"
+    raise Refusal(f"{place}/{name} is damaged ({reason}): run `python -m store repair {place}`")
 
 
 def _write_tables(place: Place, parts: Sequence[Plan], set_aside: pl.DataFrame) -> bytes:

@@ -100,7 +100,7 @@ def _filters(samples: list[_Sample]) -> str:
 {"".join(ranges)}
 <label class="wide">Instruction has <input type="search" name="text" autocomplete="off" dir="auto"></label>
 <label>Sorted by <select name="sort">{options}</select></label>
-<button type="reset">Clear</button>
+<button type="button">Clear</button>
 </form>"""
 
 

@@ -156,7 +156,7 @@ if (form) {
   form.hidden = false;
   const apply = () => { filter(); keep(); };
   for (const event of ["input", "change"]) form.addEventListener(event, apply); // a choice from a list may be but a change
-  form.addEventListener("reset", () => setTimeout(apply));
+  form.querySelector("button").addEventListener("click", () => { form.reset(); apply(); });
   form.addEventListener("submit", (event) => event.preventDefault());
   addEventListener("hashchange", restore);
   filter();
