@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
+from commands import run_here
 
 import store
 from extract.capture import single_pass
@@ -188,6 +189,7 @@ def test_shuffled_images_again_are_the_same_store_and_go_on_from_where_they_were
     assert again(stores, config, "shuffled-images", path)[0] == second
 
 
+@pytest.mark.slow
 def test_two_processes_share_the_blocks_of_shuffled_images(stores, config, tmp_path):
     path = tmp_path / "shared.zarr"
     given = ["--preset", "pocket", "--data", config.data, "--store", str(path), "--limit", "70", "--held-out", "0.3"]
@@ -272,8 +274,7 @@ def test_a_dry_run_of_a_control_says_sizes_and_writes_nothing(config, tmp_path):
     path = tmp_path / "s.zarr"
     given = ["--preset", "pocket", "--data", config.data, "--store", str(path), "--limit", "40", "--dry-run"]
     for control in ("random-weights", "shuffled-images"):
-        command = [sys.executable, "-m", "extract", *given, "--control", control]
-        done = subprocess.run(command, capture_output=True, text=True)
+        done = run_here("extract", *given, "--loaders", "0", "--control", control)
         assert done.returncode == 0, done.stderr
         assert "hidden/image" in done.stdout and "boxes" not in done.stdout
     assert not path.exists()

@@ -1,8 +1,6 @@
 """A data set damaged in every way we know goes through the real command: every row is kept and right, or set aside."""
 
 import secrets
-import subprocess
-import sys
 import unicodedata
 from collections import Counter
 from dataclasses import dataclass, replace
@@ -12,6 +10,7 @@ import numpy as np
 import polars as pl
 import pytest
 import torch
+from commands import run_here
 from hostile import Hostile, Row, write_shards
 from hostile_shards import write_odd_shards
 from PIL import Image
@@ -58,7 +57,7 @@ def run_of(folder, count):
     rows += write_odd_shards(folder / "data", hostile)
     given = ["--preset", "pocket", "--data", folder / "data", "--store", folder / "store.zarr"]
     given += ["--no-vlm-boxes", "--batch-size", "16"]
-    done = subprocess.run([sys.executable, "-m", "extract", *map(str, given)], capture_output=True, text=True)
+    done = run_here("extract", *given)
     assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-4000:]
     return Run(seed, folder / "data", rows, folder / "store.zarr")
 

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 import xarray as xr
+from commands import run_here
 
 import store
 from extract.capture import layer_names
@@ -68,7 +69,7 @@ def command(config, path, *more):
 def refused(config, path, *more):
     """Run the command, which must say one clear line, fail and change nothing; the line."""
     before = sorted(str(p) for p in path.parent.rglob("*"))
-    done = subprocess.run(command(config, path, *more), capture_output=True, text=True)
+    done = run_here(*command(config, path, "--loaders", "0", *more)[2:])
     assert done.returncode != 0
     (line,) = [text for text in done.stderr.splitlines() if text.startswith("error:")]
     assert "Traceback" not in done.stderr
@@ -145,7 +146,9 @@ def test_whole_picture_tasks_have_no_box_and_are_set_aside_by_reason(whole, scen
 
 def test_a_run_that_is_killed_goes_on_and_gives_the_same_store(config, whole, tmp_path):
     path = tmp_path / "killed.zarr"
-    process = subprocess.Popen(command(config, path), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command(config, path, "--loaders", "0"), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     log = path / "record" / "commits"
     deadline = time.time() + 120
     while not (log.exists() and any(f.stat().st_size for f in log.iterdir())) and time.time() < deadline:
@@ -277,7 +280,7 @@ def test_unknown_layers_and_devices(config, tmp_path):
 
 
 def test_a_dry_run_says_the_sizes_and_writes_nothing(config, tmp_path):
-    done = subprocess.run(command(config, tmp_path / "s.zarr", "--dry-run"), capture_output=True, text=True)
+    done = run_here(*command(config, tmp_path / "s.zarr", "--loaders", "0", "--dry-run")[2:])
     assert done.returncode == 0, done.stderr
     assert "hidden/image" in done.stdout
     assert not list(tmp_path.iterdir())
@@ -334,7 +337,7 @@ def test_growing_adds_the_layers_and_samples_that_a_store_lacks(config, whole, t
 
 def test_two_processes_fill_one_store_and_share_its_blocks(config, whole, tmp_path):
     path = tmp_path / "shared.zarr"
-    commands = [command(config, path, "--worker", name, "--threads", "1") for name in "ab"]
+    commands = [command(config, path, "--worker", name, "--threads", "1", "--loaders", "0") for name in "ab"]
     workers = [subprocess.Popen(one, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) for one in commands]
     said = [worker.communicate(timeout=120) for worker in workers]
     assert [worker.returncode for worker in workers] == [0, 0], said

@@ -142,7 +142,7 @@ def test_a_dask_worker_that_is_killed_loses_nothing_and_what_is_refused_is_said(
         with pytest.raises(Refusal, match="no workers"):
             extract(dataclasses.replace(config, store=path, dask=address))
         run = [sys.executable, "-m", "distributed.cli.dask_worker", address, "--nthreads", "1", "--no-nanny"]
-        workers = [subprocess.Popen([*run, "--no-dashboard"], **quiet) for _ in range(3)]
+        workers = [subprocess.Popen([*run, "--no-dashboard"], **quiet) for _ in range(2)]
         process = start(config, path, "--dask", address)
         wait_for(lambda: committed(path) or process.poll() is not None)
         workers[0].kill()

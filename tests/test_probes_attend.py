@@ -9,6 +9,7 @@ import sys
 import numpy as np
 import pytest
 import xarray as xr
+from commands import run_here
 from planted import SMALL, planted_store
 
 import probes
@@ -263,10 +264,8 @@ def test_its_weights_are_read_by_their_hash(proxies):
 
 
 def test_the_command_answers_with_codes_and_a_bar(proxies, place):
-    given = [sys.executable, "-m", "probes", "attend", "--proxy", str(proxies["layer"]), "--store", str(place)]
-    first, again, wrong = (
-        subprocess.run([*given, *more], capture_output=True, text=True) for more in ([], [], ["--batch", "0"])
-    )
+    given = ["probes", "attend", "--proxy", proxies["layer"], "--store", place]
+    first, again, wrong = (run_here(*given, *more) for more in ([], [], ["--batch", "0"]))
     assert first.returncode == 0 and "44/44" in first.stderr and "sample/s" in first.stderr
     assert "in float16 the sum over layers and tokens is 1 within" in first.stdout
     assert again.returncode == 0 and "already" in again.stdout

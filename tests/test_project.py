@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from commands import run_here
 
 ROOT = Path(__file__).parent.parent
 PACKAGES = ("extract", "store", "probes", "analysis", "edit")
@@ -93,13 +94,13 @@ def test_data_flow_one_way_and_every_file_says_its_purpose(path):
     ],
 )
 def test_every_command_teaches_in_its_help(program):
-    done = subprocess.run([sys.executable, "-m", *program.split(), "--help"], capture_output=True, text=True, cwd=ROOT)
+    done = run_here(*program.split(), "--help")
     assert done.returncode == 0, done.stderr
     assert len(done.stdout.split()) > 40
 
 
 def test_extracts_help_shows_the_paper_preset():
-    done = subprocess.run([sys.executable, "-m", "extract", "--help"], capture_output=True, text=True, cwd=ROOT)
+    done = run_here("extract", "--help")
     text = " ".join(done.stdout.split())
     for word in ("paper", "Qwen/Qwen2.5-VL-7B-Instruct", "OmniEdit", "128,000"):
         assert word in text
@@ -148,7 +149,7 @@ def test_no_tracked_text_names_an_index_or_a_private_path():
     ],
 )
 def test_a_wrong_option_is_one_line_that_names_it(arguments, word):
-    done = subprocess.run([sys.executable, "-m", *arguments], capture_output=True, text=True, cwd=ROOT)
+    done = run_here(*arguments)
     assert done.returncode == 2
     assert done.stdout == ""
     assert done.stderr.startswith("error: ")

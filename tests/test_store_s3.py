@@ -1,6 +1,5 @@
 """A store on an object store, end to end: the same commit protocol, the same content, the same commands."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -14,6 +13,7 @@ import pytest
 import torch
 import xarray as xr
 import zarr
+from commands import run_here
 from obstore.store import from_url
 from s3 import uploads
 from zarr.storage import ObjectStore
@@ -235,8 +235,7 @@ def test_the_commands_take_urls(local, s3, tmp_path):
     synthetic_store(s3, plan_of())
 
     def run(*arguments):
-        command = [sys.executable, "-m", "store", *arguments]
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=os.environ)
+        done = run_here("store", *arguments)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
