@@ -1,0 +1,84 @@
+"""What the jobs of this package are asked to do: one dataclass each."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from edit.overlay import Overlay
+from store.errors import Refusal
+
+POCKET = "pocket"
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """Teach an editor to obey a box drawn on its picture: LoRA on its transformer, on states and latents from disk.
+
+    States come from the store, latents are encoded once and kept. An interrupted run goes on by the same command,
+    with its optimizer's state; several GPUs train together by `accelerate launch -m edit train …`.
+    """
+
+    store: str = "data/store.zarr"
+    """Store with the states of every token at the layer that conditions (folder or URL)."""
+    data: str = "data/scenes"
+    """Data that the store was made of, with edited pictures (folder or hub id)."""
+    editor: str = POCKET
+    """The editor: pocket, a folder of a diffusers pipeline, or a hub id such as Qwen/Qwen-Image-Edit."""
+    out: Path = Path("runs/lora")
+    """Folder for checkpoints, log.jsonl, validation pictures and the LoRA."""
+    overlay: Overlay = field(default_factory=Overlay)
+    train: Literal["lora", "all"] = "lora"
+    """lora: adapters that see the overlay, the rest frozen. all: every weight, on pictures without overlay (how the
+    pocket editor is made)."""
+    layer: str = "final"
+    """Layer whose states condition the editor."""
+    tasks: tuple[str, ...] = ()
+    """Tasks to train on; all if not given. Samples without a box cannot be overlaid and are left out."""
+    steps: int = 3000
+    """Optimizer steps."""
+    batch_size: int = 2
+    """Samples a step and process, all of one working size."""
+    accumulate: int = 1
+    """Batches whose gradients make a step."""
+    rank: int = 16
+    """Rank of the adapters."""
+    alpha: int = 16
+    """Their scale is alpha over rank."""
+    learning_rate: float = 1e-4
+    """Peak rate of AdamW; linear warm-up, then by a cosine to zero."""
+    warmup: int = 50
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    clip: float = 1.0
+    """Largest norm of the gradient."""
+    change_weight: float = 0.0
+    """Additional weight of the loss where the picture changes; 0 is the plain flow-matching loss."""
+    average: float = 0.0
+    """Decay of a moving average of the weights, which is what is kept; 0 keeps the weights themselves."""
+    base: Literal["bfloat16", "float32", "fp8", "nf4"] = "bfloat16"
+    """How frozen weights are held: fp8 and nf4 fit 24-GB cards (nf4 needs bitsandbytes)."""
+    gradient_checkpointing: bool = True
+    """Compute activations again on the way back instead of keeping them."""
+    checkpoint_every: int = 250
+    """Steps between checkpoints."""
+    validate_every: int = 250
+    """Steps between validations: the loss and edited pictures of held-out samples."""
+    validation: int = 8
+    """Held-out samples that are edited at a validation (of eight times as many the loss is computed)."""
+    limit: int | None = None
+    """Take this many training samples at most."""
+    threads: int | None = None
+    """Torch threads on a CPU; torch's own choice where not given."""
+    seed: int = 0
+    """Seed of adapters, order, noise and times."""
+
+    def __post_init__(self):
+        """Refuse numbers that make no sense."""
+        for name in ("steps", "batch_size", "accumulate", "rank", "alpha", "checkpoint_every", "validate_every"):
+            if getattr(self, name) < 1:
+                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
+        if not 0 <= self.average < 1:
+            raise Refusal(f"--average {self.average}: give a decay from 0 up to, not including, 1")
+        if self.train == "all" and self.base in ("fp8", "nf4"):
+            raise Refusal(f"--train all --base {self.base}: weights that are trained cannot be held so; give bfloat16")

@@ -1,0 +1,151 @@
+"""The editor: diffusers' own Qwen-Image-Edit pipeline, given states of the single pass and a picture with its box.
+
+The pipeline's call is the stock code. Two things are decided here and not there: how large a picture it works at (the
+stock code always takes a million pixels), and whose states condition it (the stock code reads the last layer, by 1-D
+positions).
+"""
+
+import inspect
+import json
+import math
+import types
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Self
+
+import torch
+from diffusers import QwenImageEditPipeline
+from PIL import Image
+
+from edit.frames import for_single_frames
+from store.errors import Refusal
+
+SETTINGS_FILE = "editor.json"
+STOCK_AREA, STOCK_MULTIPLE = 1024 * 1024, 32
+MEND = "install diffusers 0.42"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How an editor is run; kept beside its weights as editor.json."""
+
+    area: int = STOCK_AREA
+    """Pixels that a picture is resized to before the autoencoder."""
+    multiple: int = STOCK_MULTIPLE
+    """Its sides are multiples of this."""
+    steps: int = 40
+    """Denoising steps."""
+
+    @classmethod
+    def load(cls, folder: Path) -> Self:
+        """Those of an editor's folder; the stock ones where it keeps none."""
+        path = folder / SETTINGS_FILE
+        return cls(**json.loads(path.read_text())) if path.exists() else cls()
+
+    def save(self, folder: Path) -> None:
+        """Write them beside the weights."""
+        (folder / SETTINGS_FILE).write_text(json.dumps(asdict(self), indent=1) + "\n")
+
+    def working_size(self, width: int, height: int) -> tuple[int, int]:
+        """Width and height that a picture of this size is worked at: of ``area``, by its own proportions."""
+        across = math.sqrt(self.area * width / height)
+        sides = (across, self.area / across)
+        found = tuple(max(self.multiple, round(side / self.multiple) * self.multiple) for side in sides)
+        return found[0], found[1]
+
+
+@lru_cache
+def call_at(pipeline: type, settings: Settings) -> Callable:
+    """The stock ``__call__`` of a pipeline, word for word, but for the size it works at.
+
+    The stock code asks a function of its module for that size, with an area it has written into it. Here the same
+    code runs with another function of that name; the module is not touched.
+
+    Raises
+    ------
+    Refusal
+        The installed diffusers does not ask so.
+    """
+    stock = inspect.unwrap(pipeline.__call__)
+    if "calculate_dimensions" not in stock.__code__.co_names or stock.__closure__:
+        raise Refusal(f"the installed diffusers' {pipeline.__name__} has another way to its working size: {MEND}")
+
+    def calculate_dimensions(_area: int, ratio: float) -> tuple[int, int, None]:
+        return *settings.working_size(round(ratio * 10_000), 10_000), None
+
+    own = {**stock.__globals__, "calculate_dimensions": calculate_dimensions}
+    made = types.FunctionType(stock.__code__, own, stock.__name__, stock.__defaults__)
+    made.__kwdefaults__ = stock.__kwdefaults__
+    return torch.no_grad()(made)
+
+
+@dataclass(frozen=True)
+class Editor:
+    """A pipeline that edits pictures by given states."""
+
+    pipeline: QwenImageEditPipeline
+    settings: Settings
+
+    @classmethod
+    def load(cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Self:
+        """The editor in a folder, or of a hub id; without its text encoder, whose work `extract.Encoder` does."""
+        parts = dict.fromkeys(("text_encoder", "tokenizer", "processor"))
+        pipeline = QwenImageEditPipeline.from_pretrained(folder, torch_dtype=dtype, **parts).to(device)
+        pipeline.set_progress_bar_config(disable=True)
+        for_single_frames(pipeline.vae)
+        return cls(pipeline, Settings.load(Path(folder)))
+
+    def resized(self, picture: Image.Image) -> Image.Image:
+        """The picture at the size it is worked at."""
+        return picture.resize(self.settings.working_size(*picture.size), Image.Resampling.LANCZOS)
+
+    @torch.inference_mode()
+    def latents(self, pictures: list[Image.Image]) -> torch.Tensor:
+        """Normalised latents ``[b, c, h/8, w/8]`` of pictures of one size, as the pipeline makes them."""
+        pipe = self.pipeline
+        frames = pipe.image_processor.preprocess(pictures).unsqueeze(2).to(pipe.vae.device, pipe.vae.dtype)
+        return pipe._encode_vae_image(frames, None)[:, :, 0]
+
+    @torch.inference_mode()
+    def decode(self, latents: torch.Tensor) -> list[Image.Image]:
+        """Pictures of normalised latents ``[b, c, h, w]``."""
+        vae = self.pipeline.vae
+        mean, std = (torch.tensor(v).view(1, -1, 1, 1, 1) for v in (vae.config.latents_mean, vae.config.latents_std))
+        raw = latents.unsqueeze(2).to(vae.device, torch.float32) * std.to(vae.device) + mean.to(vae.device)
+        return self.pipeline.image_processor.postprocess(vae.decode(raw.to(vae.dtype)).sample[:, :, 0].float())
+
+    def edit(self, picture: Image.Image, states: torch.Tensor, seed: int = 0, steps: int | None = None) -> Image.Image:
+        """The edited picture, of the size of ``picture``.
+
+        Parameters
+        ----------
+        picture
+            RGB, with its box drawn on it if the editor is to see one.
+        states
+            What conditions it, ``[t, w]``, in the order of the sequence.
+        seed
+            Of the noise that it begins with.
+        steps
+            Denoising steps; the editor's own number if not given.
+        """
+        device, dtype = self.pipeline.transformer.device, self.pipeline.transformer.dtype
+        width, height = self.settings.working_size(*picture.size)
+        made = call_at(type(self.pipeline), self.settings)(
+            self.pipeline,
+            image=picture,
+            prompt_embeds=states[None].to(device, dtype),
+            prompt_embeds_mask=torch.ones(1, len(states), dtype=torch.long, device=device),
+            width=width,
+            height=height,
+            num_inference_steps=steps or self.settings.steps,
+            true_cfg_scale=1.0,
+            generator=torch.Generator("cpu").manual_seed(seed),
+        ).images[0]
+        return made.resize(picture.size, Image.Resampling.LANCZOS)
+
+
+def pack(latents: torch.Tensor) -> torch.Tensor:
+    """``[b, c, h, w]`` to the transformer's tokens ``[b, h/2 · w/2, 4c]``, as the pipeline packs them."""
+    return QwenImageEditPipeline._pack_latents(latents, *latents.shape)

@@ -1,0 +1,79 @@
+"""The pocket editor's parts: the classes of Qwen-Image-Edit with small configs."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLQwenImage,
+    FlowMatchEulerDiscreteScheduler,
+    QwenImageEditPipeline,
+    QwenImageTransformer2DModel,
+)
+from transformers import AutoConfig
+
+from edit.editor import Settings
+from extract.pocket.build import WEIGHTS as VLM_WEIGHTS
+
+AREA = 128 * 128
+"""Pixels that a picture is resized to before the autoencoder: where Qwen-Image-Edit has a million."""
+LATENT_CHANNELS = 16
+WEIGHTS = Path(__file__).parent / "weights"
+SETTINGS = Settings(area=AREA, multiple=16, steps=12)
+
+
+def build_vae() -> AutoencoderKLQwenImage:
+    """8× down, 16 latent channels, base width 16: 2.6 million parameters, of which single frames use a third."""
+    return AutoencoderKLQwenImage(
+        base_dim=16,
+        z_dim=LATENT_CHANNELS,
+        dim_mult=[1, 2, 4, 4],
+        num_res_blocks=1,
+        latents_mean=[0.0] * LATENT_CHANNELS,
+        latents_std=[1.0] * LATENT_CHANNELS,
+    )
+
+
+def build_transformer(width: int) -> QwenImageTransformer2DModel:
+    """Eight double-stream blocks of width 160, with five heads of 32, for conditions of ``width``: 7.6 million."""
+    return QwenImageTransformer2DModel(
+        in_channels=4 * LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        num_layers=8,
+        attention_head_dim=32,
+        num_attention_heads=5,
+        joint_attention_dim=width,
+        axes_dims_rope=(8, 12, 12),
+    )
+
+
+def build_scheduler() -> FlowMatchEulerDiscreteScheduler:
+    """Qwen-Image's, without the shift towards noise that pictures of a million pixels need."""
+    return FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=False, shift=1.0)
+
+
+def build_pipeline(vae: AutoencoderKLQwenImage, width: int, seed: int) -> QwenImageEditPipeline:
+    """A trained autoencoder and a transformer with weights drawn from ``seed``; the pocket VLM stays where it is."""
+    torch.manual_seed(seed)
+    parts = dict.fromkeys(("text_encoder", "tokenizer", "processor"))
+    return QwenImageEditPipeline(scheduler=build_scheduler(), vae=vae, transformer=build_transformer(width), **parts)
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """Put a trained autoencoder and a transformer with drawn weights together: the editor to train."""
+
+    out: Path = Path("runs/editor")
+    """Folder with the autoencoder; the editor comes to start in it."""
+    seed: int = 30_002
+    """Of the transformer's weights."""
+
+
+def build(config: BuildConfig) -> None:
+    """Write ``start``, which `python -m edit train --train all` takes."""
+    vae = AutoencoderKLQwenImage.from_pretrained(config.out / "vae", torch_dtype=torch.bfloat16)
+    width = AutoConfig.from_pretrained(VLM_WEIGHTS).text_config.hidden_size
+    folder = config.out / "start"
+    build_pipeline(vae, width, config.seed).save_pretrained(folder)
+    SETTINGS.save(folder)
+    print(f"saved {folder}")
