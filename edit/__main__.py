@@ -1,7 +1,12 @@
 """Routes ``python -m edit``."""
 
+from edit.run import run
 from edit.train import train
 from store.commandline import route
 
 if __name__ == "__main__":
-    route("python -m edit", "The recovered box steers an editor: LoRA, two-stage inference, scores.", {"train": train})
+    route(
+        "python -m edit",
+        "The recovered box steers an editor: LoRA, two-stage inference, scores.",
+        {"train": train, "run": run},
+    )

@@ -15,21 +15,25 @@ def save_checkpoint(
     path: Path,
     step: int,
     parameters: Sequence[Tensor],
-    optimizer: torch.optim.Optimizer,
+    optimizers: Sequence[torch.optim.Optimizer],
     average: Sequence[Tensor] = (),
 ) -> None:
     """Write all that going on needs; an interrupted write leaves the one before."""
     tensors = {f"weight.{index}": value.detach() for index, value in enumerate(parameters)}
     tensors |= {f"average.{index}": value for index, value in enumerate(average)}
-    for index, state in optimizer.state_dict()["state"].items():
-        tensors |= {f"optimizer.{index}.{name}": torch.as_tensor(value) for name, value in state.items()}
+    for number, optimizer in enumerate(optimizers):
+        for index, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer.{number}.{index}.{name}": torch.as_tensor(v) for name, v in state.items()}
     unfinished = path.with_suffix(".partial")
     save_file({name: value.contiguous().clone() for name, value in tensors.items()}, unfinished, {"step": str(step)})
     unfinished.replace(path)
 
 
 def load_checkpoint(
-    path: Path, parameters: Sequence[Tensor], optimizer: torch.optim.Optimizer, average: Sequence[Tensor] = ()
+    path: Path,
+    parameters: Sequence[Tensor],
+    optimizers: Sequence[torch.optim.Optimizer],
+    average: Sequence[Tensor] = (),
 ) -> int:
     """Restore, in place, what `save_checkpoint` wrote; the step to go on from, 0 where there is none.
 
@@ -41,7 +45,6 @@ def load_checkpoint(
     if not path.exists():
         return 0
     tensors = load_file(path)
-    state = optimizer.state_dict()
     with torch.no_grad():
         for name, places in (("weight", parameters), ("average", average)):
             for index, place in enumerate(places):
@@ -49,10 +52,12 @@ def load_checkpoint(
                 if found is None or found.shape != place.shape:
                     raise Refusal(f"{path} is of a training with other settings: remove it, or give another --out")
                 place.copy_(found)
-    for name, value in tensors.items():
-        if name.startswith("optimizer."):
-            _, index, key = name.split(".")
-            state["state"].setdefault(int(index), {})[key] = value
-    optimizer.load_state_dict(state)
+    for number, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                index, key = name.split(".")[2:]
+                state["state"].setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(state)
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])

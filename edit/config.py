@@ -4,10 +4,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
+from edit.conditions import Conditioning
 from edit.overlay import Overlay
 from store.errors import Refusal
 
 POCKET = "pocket"
+POCKET_WEIGHTS = Path(__file__).parent / "pocket" / "weights"
+"""The pocket editor as it is shipped, with its LoRA and the proxy that finds the box."""
+POCKET_LORA, POCKET_PROXY = POCKET_WEIGHTS / "lora", POCKET_WEIGHTS / "proxy"
 
 
 @dataclass(frozen=True)
@@ -82,3 +86,64 @@ class TrainConfig:
             raise Refusal(f"--average {self.average}: give a decay from 0 up to, not including, 1")
         if self.train == "all" and self.base in ("fp8", "nf4"):
             raise Refusal(f"--train all --base {self.base}: weights that are trained cannot be held so; give bfloat16")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """Edit pictures in two stages: one pass of the VLM conditions the editor, and the proxy finds the box in it.
+
+    Of one picture (--picture, --instruction), a folder of pictures, each with its instruction in a text file of the
+    same name beside it, or a data set in OmniEdit's columns. Every edited picture gets a JSON file beside it with its
+    box, seed and settings. What is there already of the same settings is not done again.
+    """
+
+    picture: Path | None = None
+    """A picture that Pillow reads."""
+    instruction: str | None = None
+    """What is to be edited in --picture, in words."""
+    folder: Path | None = None
+    """A folder of pictures with text files."""
+    data: str | None = None
+    """A folder of parquet shards in OmniEdit's columns, or a hub id."""
+    limit: int | None = 16
+    """Samples of --data to edit."""
+    out: Path = Path("runs/edited")
+    """Folder for the edited pictures."""
+    editor: str = POCKET
+    """The editor: pocket, a folder of a diffusers pipeline, or a hub id such as Qwen/Qwen-Image-Edit."""
+    lora: str | None = POCKET
+    """Folder of a LoRA that sees boxes, of `python -m edit train`; none edits without a box."""
+    proxy: str | None = POCKET
+    """Folder of a trained proxy that finds the box, of `python -m probes`; none with --box."""
+    box: tuple[float, float, float, float] | None = None
+    """x1 y1 x2 y2 in pixels, for --picture, in the place of the proxy's."""
+    store: str | None = None
+    """Store that says how the VLM reads, where no proxy does."""
+    vlm: str | None = None
+    """Folder or hub id of the VLM's checkpoint, where it is not where it was when the proxy was trained."""
+    conditioning: Conditioning = field(default_factory=Conditioning)
+    steps: int | None = None
+    """Denoising steps; the editor's own number if not given."""
+    seed: int = 0
+    """Of the noise that the editor begins with."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where all of it runs."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the editor computes in."""
+    threads: int | None = None
+    """Torch threads on a CPU; torch's own choice where not given."""
+    json: bool = False
+    """Print one object instead of the summary."""
+
+    def __post_init__(self):
+        """Refuse what does not go together."""
+        given = [name for name in ("picture", "folder", "data") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise Refusal(f"give one of --picture, --folder and --data; given: {', '.join(given) or 'none'}")
+        if (self.picture is None) != (self.instruction is None):
+            raise Refusal("--picture and --instruction go together: say in words what to edit in it")
+        if self.box is not None and self.picture is None:
+            raise Refusal("--box is of one --picture")
+        for name in ("limit", "steps", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise Refusal(f"--{name} {getattr(self, name)}: give 1 or more")

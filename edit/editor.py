@@ -19,6 +19,7 @@ import torch
 from diffusers import QwenImageEditPipeline
 from PIL import Image
 
+from edit.config import POCKET, POCKET_WEIGHTS
 from edit.frames import for_single_frames
 from store.errors import Refusal
 
@@ -90,9 +91,13 @@ class Editor:
 
     @classmethod
     def load(cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Self:
-        """The editor in a folder, or of a hub id; without its text encoder, whose work `extract.Encoder` does."""
+        """The editor in a folder, of a hub id, or ``pocket``.
+
+        It comes without its text encoder: `extract.Encoder` does that work.
+        """
+        folder = POCKET_WEIGHTS if folder == POCKET else folder
         parts = dict.fromkeys(("text_encoder", "tokenizer", "processor"))
-        pipeline = QwenImageEditPipeline.from_pretrained(folder, torch_dtype=dtype, **parts).to(device)
+        pipeline = QwenImageEditPipeline.from_pretrained(folder, dtype=dtype, **parts).to(device)
         pipeline.set_progress_bar_config(disable=True)
         for_single_frames(pipeline.vae)
         return cls(pipeline, Settings.load(Path(folder)))

@@ -206,9 +206,7 @@ def train(config: TrainConfig) -> None:
     """Train, go on from the last checkpoint, and write what `Editor.load` and stock diffusers read."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    accelerator = Accelerator(
-        mixed_precision="bf16" if config.base != "float32" else "no", gradient_accumulation_steps=config.accumulate
-    )
+    accelerator = Accelerator(gradient_accumulation_steps=config.accumulate)
     opened = store.open(config.store)
     states = StoredStates(opened, [config.layer])
     training, held_out = choose(opened, config)
@@ -241,7 +239,7 @@ def train(config: TrainConfig) -> None:
     average = Average(parameters, config.average) if config.average else None
     config.out.mkdir(parents=True, exist_ok=True)
     checkpoint = config.out / "checkpoint.safetensors"
-    start = load_checkpoint(checkpoint, parameters, optimizer, average.kept if average else ())
+    start = load_checkpoint(checkpoint, parameters, [optimizer], average.kept if average else ())
     model, optimizer = accelerator.prepare(transformer, optimizer)
     batches = Batches(config, kept["train"], states, accelerator.process_index, accelerator.num_processes)
     validation = Validation(config, kept["test"], states, editor, pairs, overlay)
@@ -262,7 +260,7 @@ def train(config: TrainConfig) -> None:
                 group["lr"] = config.learning_rate * rate(step, config)
             noise, sigma = draw(config.seed, number, ranks[0], batch.target)
             batch, noise, sigma = (one.to(accelerator.device) for one in (batch, noise, sigma))
-            with accelerator.accumulate(model), accelerator.autocast():
+            with accelerator.accumulate(model), mixed(config, accelerator.device):
                 loss = flow_loss(model, batch, noise, sigma, config.change_weight).mean()
                 accelerator.backward(loss)
                 if accelerator.sync_gradients:
@@ -279,7 +277,7 @@ def train(config: TrainConfig) -> None:
             done = step + 1
             due = done == config.steps
             if accelerator.is_main_process and (done % config.checkpoint_every == 0 or due):
-                save_checkpoint(checkpoint, done, parameters, optimizer, average.kept if average else ())
+                save_checkpoint(checkpoint, done, parameters, [optimizer], average.kept if average else ())
             if accelerator.is_main_process and (done % config.validate_every == 0 or due):
                 if average:
                     average.exchange()
@@ -293,6 +291,11 @@ def train(config: TrainConfig) -> None:
         if average:
             average.exchange()
         write(config, opened, editor)
+
+
+def mixed(config: TrainConfig, device: torch.device) -> torch.autocast:
+    """Computing in bfloat16 on weights that are held otherwise."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=config.base != "float32")
 
 
 def held_as(config: TrainConfig) -> torch.dtype:
@@ -345,7 +348,7 @@ class Validation:
             states, mask = self.states.read(members)
             batch = Batch(*self.kept.read(members), states[:, 0], mask)
             noise, sigma = draw(self.config.seed, size[0] * 10_000 + size[1], VALIDATION_RANK, batch.target)
-            with torch.autocast(device.type, torch.bfloat16, enabled=self.config.base != "float32"):
+            with mixed(self.config, device):
                 losses.append(flow_loss(transformer, batch.to(device), noise.to(device), sigma.to(device)))
         rows = [self._row(pair) for pair in self.shown]
         sheet = Image.new("RGB", (max(row.width for row in rows), sum(row.height for row in rows)), "white")
@@ -362,7 +365,7 @@ class Validation:
         if self.overlay is not None:
             seen = self.overlay.draw(seen, rescaled(pair.box, pair.source.size, seen.size))
         # What is trained is held in float32, the rest of the editor is not.
-        with torch.autocast(self.editor.pipeline.device.type, torch.bfloat16, enabled=self.config.base != "float32"):
+        with mixed(self.config, self.editor.pipeline.device):
             made = self.editor.edit(seen, states[0, 0][mask[0]], self.config.seed)
         pictures = [seen, self.editor.resized(pair.target), made]
         row = Image.new("RGB", (sum(one.width for one in pictures), seen.height))

@@ -170,8 +170,7 @@ class Encoder:
         pair it is about, and none is read then.
         """
         names = [layers] if isinstance(layers, str) else [str(layer) for layer in layers]
-        if unknown := [name for name in names if name not in self.layers] or ["(none)"] * (not names):
-            raise Refusal(f"layer {unknown[0]!r} is not in this model: it has {', '.join(self.layers)}")
+        self._refuse_unknown(names)
         if tokens not in KINDS:
             raise Refusal(f"no token is of kind {tokens!r}: ask for {', '.join(KINDS)}")
         ready = [self._prepared(number, *pair) for number, pair in enumerate(pairs)]
@@ -189,6 +188,36 @@ class Encoder:
         for number, one_ltw in found.items():
             states[number, :, : counts[number]] = one_ltw
         return states, torch.arange(longest) < counts[:, None]
+
+    def see(self, image: Picture, instruction: str, layers: Sequence[str]) -> "Seen":
+        """States of one picture and instruction at some layers, of all kept tokens in the order of the sequence.
+
+        For who needs several kinds of tokens of one pass. Parameters and errors as of `read`.
+        """
+        self._refuse_unknown(layers)
+        ready = self._prepared(0, image, instruction)
+        with _threads(self.threads if self.model.device.type == "cpu" else None):
+            (states_ltw,) = self._pass([ready], layers, KINDS["all"])
+        masks = self.conditioner.collate([ready]).masks
+        place = torch.cat([masks[kind][0].nonzero()[:, 0] for kind in KINDS["all"]])
+        order = place.argsort()
+        kinds = {kind: masks[kind][0][place[order]] for kind in ("image", "instruction", "template")}
+        return Seen(tuple(layers), states_ltw[:, order], kinds)
+
+    def describe(self, image: Picture, instruction: str, max_new_tokens: int) -> str:
+        """What the model itself writes, greedily, under the template that its states are read with.
+
+        Parameters and errors as of `read`; the answer is cut off after ``max_new_tokens``.
+        """
+        from extract.decoding import ask
+
+        batch = self.conditioner.collate([self._prepared(0, image, instruction)], padding_side="left")
+        with _threads(self.threads if self.model.device.type == "cpu" else None):
+            return ask(self.model, batch, self.conditioner.tokenizer, max_new_tokens)[0].text.strip()
+
+    def _refuse_unknown(self, layers: Sequence[str]) -> None:
+        if unknown := [name for name in layers if name not in self.layers] or ["(none)"] * (not layers):
+            raise Refusal(f"layer {unknown[0]!r} is not in this model: it has {', '.join(self.layers)}")
 
     def _pass(self, ready: Sequence[Prepared], layers: Sequence[str], kinds: Sequence[str]) -> list[torch.Tensor]:
         """The states of a batch, of each sample ``[l, t, w]``, on the CPU."""
@@ -221,6 +250,26 @@ class Encoder:
                 f"{self.max_prompt_tokens} are allowed; shorten it or give a larger max_prompt_tokens"
             )
         return self.conditioner.prepare(picture, instruction.strip(), str(number))
+
+
+@dataclass(frozen=True)
+class Seen:
+    """One picture and instruction as the model saw them; made by `Encoder.see`."""
+
+    layers: tuple[str, ...]
+    states: torch.Tensor
+    """``[l, t, w]`` on the CPU, in the model's dtype; tokens in the order of the sequence."""
+    kinds: Mapping[str, torch.Tensor]
+    """Bool ``[t]`` of ``image``, ``instruction`` and ``template``."""
+
+    def tokens(self, layers: Sequence[str], kind: str) -> torch.Tensor:
+        """``[l, t, w]`` of tokens of one of `KINDS` at some of the layers, in the order in which `Encoder.read` gives
+        them.
+        """
+        text = ~self.kinds["image"]
+        masks = {**self.kinds, "text": text}
+        order = torch.cat([masks[one].nonzero()[:, 0] for one in KINDS[kind]])
+        return self.states[[self.layers.index(layer) for layer in layers]][:, order]
 
 
 def _find(identity: Mapping[str, Any], model: str | os.PathLike | None, revision: str | None) -> Path:

@@ -172,7 +172,7 @@ class TrainedProbe:
         from extract.encoder import upright_size
 
         self.refuse_drawn("answer for a picture")
-        read = self._encoder(vlm).read(image, instruction, self.spec.layers, self.spec.tokens)
+        read = self.encoder(vlm).read(image, instruction, self.spec.layers, self.spec.tokens)
         found = self.predict_states(*read, attention=attention)
         answer = (found[0] if attention else found)[0]
         form = self.making["target"]["form"]
@@ -202,7 +202,8 @@ class TrainedProbe:
                 f"cannot {what}: take one that reads all of them, such as layer-{self.spec.layers[0]} or mid-prompt"
             )
 
-    def _encoder(self, vlm: "Encoder | str | os.PathLike | None") -> "Encoder":
+    def encoder(self, vlm: "Encoder | str | os.PathLike | None" = None) -> "Encoder":
+        """What reads pictures for it, loaded once; ``vlm`` and errors as of `predict`."""
         from extract.encoder import Encoder
 
         if isinstance(vlm, Encoder):

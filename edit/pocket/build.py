@@ -71,7 +71,7 @@ class BuildConfig:
 
 def build(config: BuildConfig) -> None:
     """Write ``start``, which `python -m edit train --train all` takes."""
-    vae = AutoencoderKLQwenImage.from_pretrained(config.out / "vae", torch_dtype=torch.bfloat16)
+    vae = AutoencoderKLQwenImage.from_pretrained(config.out / "vae", dtype=torch.bfloat16)
     width = AutoConfig.from_pretrained(VLM_WEIGHTS).text_config.hidden_size
     folder = config.out / "start"
     build_pipeline(vae, width, config.seed).save_pretrained(folder)
