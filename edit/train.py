@@ -106,7 +106,7 @@ class Batches:
     def read(self, samples: Sequence[int]) -> Batch:
         """The batch of these samples, which are of one working size."""
         states, mask = self.states.read(samples)
-        return Batch(*self.kept.read(samples), states[:, 0], mask)
+        return Batch(*self.kept.read(samples), states[:, 0].to(held_as(self.config)), mask)
 
 
 def flow_loss(transformer: nn.Module, batch: Batch, noise: Tensor, sigma: Tensor, change_weight: float = 0.0) -> Tensor:
@@ -346,7 +346,7 @@ class Validation:
         device, losses = transformer.device, []
         for size, members in sorted(self.kept.buckets(sorted(self.kept.sizes)).items()):
             states, mask = self.states.read(members)
-            batch = Batch(*self.kept.read(members), states[:, 0], mask)
+            batch = Batch(*self.kept.read(members), states[:, 0].to(held_as(self.config)), mask)
             noise, sigma = draw(self.config.seed, size[0] * 10_000 + size[1], VALIDATION_RANK, batch.target)
             with mixed(self.config, device):
                 losses.append(flow_loss(transformer, batch.to(device), noise.to(device), sigma.to(device)))
