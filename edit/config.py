@@ -48,8 +48,10 @@ class TrainConfig:
     """Rank of the adapters."""
     alpha: int = 16
     """Their scale is alpha over rank."""
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    """muon: for the matrices of the blocks, with AdamW at a third of its rate for the rest; for --train all."""
     learning_rate: float = 1e-4
-    """Peak rate of AdamW; linear warm-up, then by a cosine to zero."""
+    """Peak rate; linear warm-up, then by a cosine to zero."""
     warmup: int = 50
     """Steps of linear warm-up."""
     weight_decay: float = 0.01
@@ -84,6 +86,8 @@ class TrainConfig:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
         if not 0 <= self.average < 1:
             raise Refusal(f"--average {self.average}: give a decay from 0 up to, not including, 1")
+        if self.train == "lora" and self.optimizer == "muon":
+            raise Refusal("--optimizer muon is for --train all: the two thin matrices of an adapter want adamw")
         if self.train == "all" and self.base in ("fp8", "nf4"):
             raise Refusal(f"--train all --base {self.base}: weights that are trained cannot be held so; give bfloat16")
 

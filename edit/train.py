@@ -161,6 +161,24 @@ def trained(model: nn.Module) -> list[nn.Parameter]:
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
+def make_optimizers(transformer: nn.Module, config: TrainConfig) -> list[torch.optim.Optimizer]:
+    """AdamW, or Muon for the matrices of the blocks and AdamW for the rest; each group keeps its peak rate."""
+    decay = config.weight_decay
+    named = [(name, parameter) for name, parameter in transformer.named_parameters() if parameter.requires_grad]
+    matrices = [p for name, p in named if config.optimizer == "muon" and p.ndim == 2 and "transformer_blocks" in name]
+    taken, found = set(map(id, matrices)), []
+    if matrices:
+        found.append(
+            torch.optim.Muon(matrices, lr=config.learning_rate, weight_decay=decay, adjust_lr_fn="match_rms_adamw")
+        )
+    others = [parameter for _, parameter in named if id(parameter) not in taken]
+    peak = config.learning_rate / (3 if matrices else 1)
+    found.append(torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.999), eps=1e-8, weight_decay=decay))
+    for group in (group for optimizer in found for group in optimizer.param_groups):
+        group["peak"] = group["lr"]
+    return found
+
+
 def rate(step: int, config: TrainConfig) -> float:
     """The learning rate's share of its peak: linear warm-up, then a cosine to zero."""
     along = (step - config.warmup) / max(config.steps - config.warmup, 1)
@@ -233,14 +251,12 @@ def train(config: TrainConfig) -> None:
             skip_modules_pattern=("lora", "norm", "pos_embed"),
         )
     parameters = trained(transformer)
-    optimizer = torch.optim.AdamW(
-        parameters, lr=config.learning_rate, betas=(0.9, 0.999), eps=1e-8, weight_decay=config.weight_decay
-    )
+    optimizers = make_optimizers(transformer, config)
     average = Average(parameters, config.average) if config.average else None
     config.out.mkdir(parents=True, exist_ok=True)
     checkpoint = config.out / "checkpoint.safetensors"
-    start = load_checkpoint(checkpoint, parameters, [optimizer], average.kept if average else ())
-    model, optimizer = accelerator.prepare(transformer, optimizer)
+    start = load_checkpoint(checkpoint, parameters, optimizers, average.kept if average else ())
+    model, *optimizers = accelerator.prepare(transformer, *optimizers)
     batches = Batches(config, kept["train"], states, accelerator.process_index, accelerator.num_processes)
     validation = Validation(config, kept["test"], states, editor, pairs, overlay)
     began, losses = time.time(), []
@@ -256,8 +272,8 @@ def train(config: TrainConfig) -> None:
     with Log(config, start, accelerator.is_main_process) as log:
         for number, batch in enumerate(bar, start * config.accumulate):
             step = number // config.accumulate
-            for group in optimizer.param_groups:
-                group["lr"] = config.learning_rate * rate(step, config)
+            for group in (group for optimizer in optimizers for group in optimizer.param_groups):
+                group["lr"] = group["peak"] * rate(step, config)
             noise, sigma = draw(config.seed, number, ranks[0], batch.target)
             batch, noise, sigma = (one.to(accelerator.device) for one in (batch, noise, sigma))
             with accelerator.accumulate(model), mixed(config, accelerator.device):
@@ -267,8 +283,9 @@ def train(config: TrainConfig) -> None:
                     norm = accelerator.clip_grad_norm_(parameters, config.clip)
                     if not torch.isfinite(norm):
                         raise FloatingPointError(f"the gradient is not finite at step {step}")
-                optimizer.step()
-                optimizer.zero_grad()
+                for optimizer in optimizers:
+                    optimizer.step()
+                    optimizer.zero_grad()
             losses.append(float(loss.detach()))
             if (number + 1) % config.accumulate:
                 continue
@@ -277,7 +294,7 @@ def train(config: TrainConfig) -> None:
             done = step + 1
             due = done == config.steps
             if accelerator.is_main_process and (done % config.checkpoint_every == 0 or due):
-                save_checkpoint(checkpoint, done, parameters, [optimizer], average.kept if average else ())
+                save_checkpoint(checkpoint, done, parameters, optimizers, average.kept if average else ())
             if accelerator.is_main_process and (done % config.validate_every == 0 or due):
                 if average:
                     average.exchange()

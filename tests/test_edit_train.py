@@ -270,8 +270,9 @@ def test_frozen_weights_may_be_held_otherwise(config, tmp_path, base):
     assert any(value.abs().max() > 0 for name, value in adapters.items() if "lora_B" in name)
 
 
-def test_every_weight_can_be_trained_and_their_average_is_kept(config, tmp_path, editor_folder):
-    train(at(config, tmp_path, train="all", average=0.5, accumulate=2, steps=3))
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_every_weight_can_be_trained_and_their_average_is_kept(config, tmp_path, editor_folder, optimizer):
+    train(at(config, tmp_path, train="all", optimizer=optimizer, average=0.5, accumulate=2, steps=3))
     made = load_file(tmp_path / "transformer" / "diffusion_pytorch_model.safetensors")
     before = load_file(editor_folder / "transformer" / "diffusion_pytorch_model.safetensors")
     assert made.keys() == before.keys()
@@ -375,7 +376,12 @@ def test_what_cannot_be_trained_on_is_refused_by_name(config, tmp_path, wrong, s
 
 @pytest.mark.parametrize(
     ("wrong", "said"),
-    [({"steps": 0}, "--steps 0"), ({"average": 1.0}, "--average"), ({"train": "all", "base": "nf4"}, "nf4")],
+    [
+        ({"steps": 0}, "--steps 0"),
+        ({"average": 1.0}, "--average"),
+        ({"train": "all", "base": "nf4"}, "nf4"),
+        ({"optimizer": "muon"}, "muon"),
+    ],
 )
 def test_numbers_that_make_no_sense_are_refused(wrong, said):
     with pytest.raises(Refusal, match=said):
