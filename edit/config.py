@@ -151,3 +151,54 @@ class RunConfig:
         for name in ("limit", "steps", "threads"):
             if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise Refusal(f"--{name} {getattr(self, name)}: give 1 or more")
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """Edit the same held-out scenes by every conditioning and box, and score them beside the VLM's own answer.
+
+    The scenes are drawn afresh from a seed, so their masks and their true targets are known: an exact judge says of
+    every edited picture which objects changed. What is edited is kept; the same command goes on where it ended.
+    """
+
+    out: Path = Path("runs/edit")
+    """Folder for pictures, scores.parquet, table.md, figures and the report."""
+    samples: int = 200
+    """Scenes."""
+    seed: int = 90_001
+    """Names the set of scenes; training scenes have other seeds."""
+    difficulty: Literal["easy", "medium", "hard"] = "hard"
+    """As of `python -m extract.scenes`."""
+    methods: tuple[str, ...] = ()
+    """plain, norm-average, description, middle, our-box, true-box, wrong-box, unedited; all if not given (middle needs
+    --middle)."""
+    middle: str | None = None
+    """Layer of the method middle: the voted l*, by `python -m analysis layers`."""
+    editor: str = POCKET
+    """The editor: pocket, or a folder of a diffusers pipeline."""
+    lora: str = POCKET
+    """Folder of the LoRA that sees boxes."""
+    proxy: str = POCKET
+    """Folder of the proxy that finds the box."""
+    vlm: str | None = None
+    """Folder of the VLM's checkpoint, where it is not where it was when the proxy was trained."""
+    lpips_trunk: str = "random"
+    """A safetensors file with AlexNet's weights; random is no published metric and says so."""
+    steps: int | None = None
+    """Denoising steps; the editor's own number if not given."""
+    edit_seed: int = 0
+    """Of the noise that the editor begins with."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the editor computes in."""
+    threads: int | None = None
+    """Torch threads; torch's own choice where not given."""
+    json: bool = False
+    """Print one object instead of the table."""
+
+    def __post_init__(self):
+        """Refuse numbers that make no sense."""
+        for name in ("samples", "steps", "threads"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise Refusal(f"--{name} {getattr(self, name)}: give 1 or more")
+        if "middle" in self.methods and self.middle is None:
+            raise Refusal("--methods middle needs --middle, the layer: `python -m analysis layers` votes on it")

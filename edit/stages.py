@@ -1,7 +1,8 @@
 """Two stages from one pass of the VLM: its states condition the editor, and the proxy finds the box in them."""
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
@@ -51,6 +52,18 @@ class TwoStage:
         settings = lora_settings(folder)
         self.editor.pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS, adapter_name=ADAPTER)
         return type(self)(self.encoder, self.editor, self.conditioning, self.proxy, Overlay.of(settings["overlay"]))
+
+    @contextmanager
+    def without_lora(self, without: bool = True) -> Iterator[None]:
+        """The editor as it is, within; its LoRA counts again afterwards."""
+        transformer = self.editor.pipeline.transformer
+        if without and self.overlay is not None:
+            transformer.disable_adapters()
+        try:
+            yield
+        finally:
+            if without and self.overlay is not None:
+                transformer.enable_adapters()
 
     def __call__(
         self,
