@@ -119,7 +119,9 @@ def estimate(place: Place, edited: np.ndarray) -> np.ndarray:
     shift = shift_of(warp, place.size)
     zoom = np.diag(warp[:, :2])
     if np.abs(zoom - 1).max() > MOST_ZOOM or np.abs(shift).max() > FARTHEST * max(width, height):
-        raise NotFound(f"a shift of {shift[0]:.1f}, {shift[1]:.1f} pixels and a zoom of {zoom.max():.2f} is no artefact")
+        raise NotFound(
+            f"a shift of {shift[0]:.1f}, {shift[1]:.1f} pixels and a zoom of {zoom.max():.2f} is no artefact"
+        )
     # Turn and shear are dropped about the middle, where that moves the least.
     middle = _middle(place.size)
     return np.column_stack([np.diag(zoom), np.asarray(shift) + middle - zoom * middle])
