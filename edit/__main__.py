@@ -1,5 +1,6 @@
 """Routes ``python -m edit``."""
 
+from edit.evaluate import evaluate
 from edit.run import run
 from edit.train import train
 from store.commandline import route
@@ -8,5 +9,5 @@ if __name__ == "__main__":
     route(
         "python -m edit",
         "The recovered box steers an editor: LoRA, two-stage inference, scores.",
-        {"train": train, "run": run},
+        {"train": train, "run": run, "evaluate": evaluate},
     )
