@@ -1,16 +1,7 @@
-"""Whole editors to compare with: their diffusers pipelines, called as their authors do, under one interface.
+"""A baseline: an editor read from a folder or the hub, that edits a picture by an instruction."""
 
-Every pipeline is the stock code with the guidance and steps of its documentation. Three things are decided here. The
-picture is handed over at a size that the pipeline neither crops nor makes square, so that a pixel of the result is
-about the same place as that pixel of the picture. Those that read Qwen2.5-VL can be given its 3-D positions
-(``positions="mrope"``), which diffusers 0.42 with transformers 5.3 and later leaves out. A result that is not finite
-is refused, where the pipelines would hand on black.
-"""
-
-import json
-import math
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -18,98 +9,14 @@ from typing import Any, Literal, Self
 import numpy as np
 import torch
 from PIL import Image
+from safetensors import SafetensorError
 
+from edit.baselines.recipes import BASELINES, Recipe
 from store.errors import Refusal
 
 MEND = "install diffusers 0.42"
 OFFLOADS, POSITIONS = ("none", "model", "sequential"), ("stock", "mrope")
 LIBRARIES = ("diffusers", "transformers", "torch")
-MEGAPIXEL = 1024 * 1024
-FLUX2_SIDE, FLUX2_RATIO, FLUX2_MULTIPLE = 64, 8, 16
-"""The least side and most extreme ratio of sides that Flux2Pipeline takes, and what it crops sides to multiples of."""
-
-
-def kontext_size(width: int, height: int) -> dict[str, int]:
-    """The resolution that FluxKontextPipeline picks for a picture, for the result too, which it would make square."""
-    from diffusers.pipelines.flux.pipeline_flux_kontext import PREFERRED_KONTEXT_RESOLUTIONS
-
-    across, down = _nearest(PREFERRED_KONTEXT_RESOLUTIONS, width / height)
-    return {"width": across, "height": down, "max_area": across * down}
-
-
-def flux2_size(width: int, height: int) -> dict[str, int]:
-    """The picture's own size up to a million pixels, as Flux2Pipeline works, at sides that it need not crop."""
-    if max(width / height, height / width) > FLUX2_RATIO:
-        raise Refusal(f"a picture of {width} x {height} is longer than {FLUX2_RATIO} to 1, which Flux2Pipeline refuses")
-    scale = min(1.0, math.sqrt(MEGAPIXEL / (width * height)))
-    across, down = (max(FLUX2_SIDE, int(side * scale) // FLUX2_MULTIPLE * FLUX2_MULTIPLE) for side in (width, height))
-    return {"width": across, "height": down}
-
-
-def fibo_size(width: int, height: int) -> dict[str, int]:
-    """The resolution that BriaFiboEditPipeline picks for the result, for the picture too."""
-    from diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit import PREFERRED_RESOLUTION
-
-    across, down = _nearest(PREFERRED_RESOLUTION[MEGAPIXEL], width / height)
-    return {"width": across, "height": down}
-
-
-def _nearest(sizes: list[tuple[int, int]], ratio: float) -> tuple[int, int]:
-    return min(sizes, key=lambda size: abs(size[0] / size[1] - ratio))
-
-
-def fibo_prompt(instruction: str) -> str:
-    """The JSON that BriaFiboEditPipeline takes: the instruction's own, or one that holds nothing but it."""
-    try:
-        given = json.loads(instruction)
-    except ValueError:
-        given = None
-    known = isinstance(given, dict) and "edit_instruction" in given
-    return instruction if known else json.dumps({"edit_instruction": instruction}, ensure_ascii=False)
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """How one editor is called; all take the picture as ``image``, the text as ``prompt``, and a ``generator``."""
-
-    pipeline: str
-    """Its class in diffusers."""
-    hub_id: str
-    """Where its authors keep it."""
-    steps: int
-    """Denoising steps that they give it."""
-    guides: str
-    """Keyword of its guidance."""
-    guidance: float
-    """Guidance that they give it."""
-    also: Mapping[str, Any] = field(default_factory=dict)
-    """What else they give it."""
-    size: Callable[[int, int], dict[str, int]] | None = None
-    """Keywords of the size that it works at, of a picture's width and height; none where it has no say in it (Qwen's
-    resize to a million pixels of the picture's proportions)."""
-    prompt: Callable[[str], str] = str
-    """What it is given for an instruction."""
-    positions: bool = False
-    """Whether it reads a Qwen2.5-VL that can be given its 3-D positions."""
-
-
-def _qwen(pipeline: str, hub_id: str, steps: int) -> Recipe:
-    # Without a negative prompt the pipelines leave their guidance off.
-    return Recipe(pipeline, hub_id, steps, "true_cfg_scale", 4.0, {"negative_prompt": " "}, positions=True)
-
-
-BASELINES: dict[str, Recipe] = {
-    "qwen-image-edit": _qwen("QwenImageEditPipeline", "Qwen/Qwen-Image-Edit", 50),
-    "qwen-image-edit-2509": _qwen("QwenImageEditPlusPipeline", "Qwen/Qwen-Image-Edit-2509", 40),
-    "qwen-image-edit-2511": _qwen("QwenImageEditPlusPipeline", "Qwen/Qwen-Image-Edit-2511", 40),
-    "flux-kontext": Recipe(
-        "FluxKontextPipeline", "black-forest-labs/FLUX.1-Kontext-dev", 28, "guidance_scale", 2.5, size=kontext_size
-    ),
-    "flux2": Recipe("Flux2Pipeline", "black-forest-labs/FLUX.2-dev", 50, "guidance_scale", 4.0, size=flux2_size),
-    "fibo-edit": Recipe(
-        "BriaFiboEditPipeline", "briaai/Fibo-Edit", 50, "guidance_scale", 5.0, size=fibo_size, prompt=fibo_prompt
-    ),
-}
 
 
 @dataclass(frozen=True)
@@ -172,14 +79,15 @@ class Baseline:
         try:
             index, commit = pipeline.load_config(source, revision=revision, return_commit_hash=True)
             _check_index(name, source, recipe, index)
-            made = pipeline.from_pretrained(
-                source, revision=commit or revision, dtype=dtype, use_safetensors=True, trust_remote_code=False
-            )
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+            given = {"revision": commit or revision, "dtype": dtype, "use_safetensors": True}
+            parts = _text_models(name, source, index, given)
+            made = pipeline.from_pretrained(source, trust_remote_code=False, **given, **parts)
+        except (OSError, ValueError, TypeError, AttributeError, RuntimeError, SafetensorError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise Refusal(
                 f"{name}: {source!r} is not a folder or hub id of a whole {recipe.pipeline} in safetensors: {reason}"
             ) from error
+        _check_weights(name, source, made)
         made.set_progress_bar_config(disable=True)
         if positions == "mrope":
             made.text_encoder.register_forward_pre_hook(_with_token_types, with_kwargs=True)
@@ -287,6 +195,33 @@ def _check_index(name: str, source: str, recipe: Recipe, index: Mapping[str, Any
                 f"{name}: the {part} of {source!r} is from {library!r}, code that is never run here: give a folder "
                 "whose parts are all of diffusers and transformers"
             )
+
+
+def _text_models(name: str, source: str, index: Mapping[str, Any], given: dict[str, Any]) -> dict[str, Any]:
+    """Its text encoders, read before the rest: by themselves they draw at random what a file lacks, and go on."""
+    import transformers
+
+    found = {}
+    for part, value in index.items():
+        kind = getattr(transformers, value[1], None) if isinstance(value, list) and value[0] == "transformers" else None
+        if isinstance(kind, type) and issubclass(kind, transformers.PreTrainedModel):
+            found[part], told = kind.from_pretrained(source, subfolder=part, output_loading_info=True, **given)
+            # No pipeline asks for the next token.
+            if lacking := sorted(key for key in told["missing_keys"] if not key.startswith("lm_head")):
+                raise _lacks(name, source, part, lacking[0])
+    return found
+
+
+def _check_weights(name: str, source: str, made: Any) -> None:
+    for part, model in made.components.items():
+        if isinstance(model, torch.nn.Module):
+            for key, weight in model.named_parameters():
+                if weight.is_meta:
+                    raise _lacks(name, source, part, key)
+
+
+def _lacks(name: str, source: str, part: str, key: str) -> Refusal:
+    return Refusal(f"{name}: the {part} of {source!r} lacks the weight {key}: get its files again")
 
 
 def _with_token_types(encoder: torch.nn.Module, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
