@@ -7,11 +7,13 @@ import shutil
 import subprocess
 import sys
 
+import accelerate
 import diffusers
 import diffusers.pipelines.bria_fibo.pipeline_bria_fibo_edit as fibo
 import diffusers.pipelines.flux.pipeline_flux_kontext as kontext
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit as qwen
 import diffusers.pipelines.qwenimage.pipeline_qwenimage_edit_plus as qwen_plus
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -135,6 +137,37 @@ def test_settings_say_what_was_run_and_are_json(name, load, folder_of, picture):
     assert settings["libraries"]["diffusers"] == diffusers.__version__
 
 
+def test_a_hub_id_is_read_at_one_commit_which_settings_name(folder_of, picture, small, tmp_path, monkeypatch):
+    # The hub's own cache holds it, and nobody is asked.
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    kept = tmp_path / f"models--{BASELINES['flux2'].hub_id.replace('/', '--')}"
+    shutil.copytree(folder_of("flux2"), kept / "snapshots" / commit)
+    (kept / "refs").mkdir()
+    (kept / "refs" / "main").write_text(commit)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    baseline = Baseline.load("flux2", dtype=torch.float32, device="cpu")
+    assert (baseline.settings["id"], baseline.settings["revision"]) == ("black-forest-labs/FLUX.2-dev", commit)
+    by_folder = Baseline.load("flux2", folder_of("flux2"), dtype=torch.float32, device="cpu")
+    one, other = (pixels(each.edit(picture, INSTRUCTION, steps=2)) for each in (baseline, by_folder))
+    assert (one == other).all()
+    with pytest.raises(
+        Refusal, match=r"flux-kontext: 'black-forest-labs/FLUX\.1-Kontext-dev' is not a folder or hub id"
+    ):
+        Baseline.load("flux-kontext", device="cpu")
+
+
+def test_settings_tell_folders_of_other_weights_apart(own_copy, folder_of):
+    def digest(folder):
+        return Baseline.load("flux2", folder, device="cpu").settings["sha256"]
+
+    assert digest(own_copy) == digest(folder_of("flux2"))
+    moved = own_copy.rename(own_copy.with_name("moved"))
+    path = moved / "vae" / "diffusion_pytorch_model.safetensors"
+    save_file({name: weight * 2 for name, weight in load_file(path).items()}, path, {"format": "pt"})
+    assert digest(moved) != digest(folder_of("flux2"))
+
+
 @every_qwen
 def test_mrope_is_the_stock_pipeline_given_embeddings_by_three_dimensional_positions(name, load, picture):
     stock, mrope = load(name), load(name, positions="mrope")
@@ -210,7 +243,7 @@ def test_fibo_is_given_json_made_of_the_instruction_or_its_own():
 @pytest.mark.parametrize(("name", "positions"), [("qwen-image-edit", "mrope"), ("flux2", "stock")])
 def test_weights_that_wait_in_main_memory_change_nothing(name, positions, offload, load, picture, monkeypatch):
     # diffusers' own hooks move the weights from and to where they wait, with the CPU in the place of a card.
-    stock = getattr(diffusers.DiffusionPipeline, f"enable_{offload}_cpu_offload")
+    stock, by_layer = getattr(diffusers.DiffusionPipeline, f"enable_{offload}_cpu_offload"), accelerate.cpu_offload
     asked = []
 
     def enable(pipeline, device):
@@ -220,11 +253,13 @@ def test_weights_that_wait_in_main_memory_change_nothing(name, positions, offloa
     plain = load(name, positions=positions).edit(picture, INSTRUCTION, seed=4, steps=2)
     monkeypatch.setattr(extract.model, "find_device", lambda asked: torch.device("cuda"))
     monkeypatch.setattr(diffusers.DiffusionPipeline, f"enable_{offload}_cpu_offload", enable)
+    # It takes the CPU's tensors for another device's where the device has a number.
+    monkeypatch.setattr(accelerate, "cpu_offload", lambda model, _, **given: by_layer(model, "cpu", **given))
     baseline = load(name, positions=positions, device="cuda", offload=offload)
     hooked = [module for module in baseline.pipeline.transformer.modules() if hasattr(module, "_hf_hook")]
     assert len(hooked) > 1 if offload == "sequential" else hooked == [baseline.pipeline.transformer]
     assert (pixels(baseline.edit(picture, INSTRUCTION, seed=4, steps=2)) == pixels(plain)).all()
-    assert asked == [torch.device("cuda")]
+    assert asked[0] == torch.device("cuda")
     assert (baseline.settings["offload"], baseline.settings["device"]) == (offload, "cuda")
 
 
@@ -317,18 +352,25 @@ def test_weights_that_are_not_whole_are_refused(part, damage, own_copy):
 
 
 @pytest.mark.parametrize(
-    ("made", "instruction", "steps", "said"),
+    ("name", "made", "instruction", "steps", "said"),
     [
-        (("RGBA", (90, 70)), INSTRUCTION, 2, "mode RGBA: convert it to RGB"),
-        (("RGB", (90, 70)), " \n", 2, "empty instruction"),
-        (("RGB", (90, 70)), INSTRUCTION, 1, "1 steps.*give 2 or more"),
-        (("RGB", (90, 70)), "make [IMG] blue", 2, r"'\[IMG\]', a special token"),
-        (("RGB", (900, 70)), INSTRUCTION, 2, "900 x 70 is longer than 8 to 1"),
+        ("flux2", ("RGBA", (90, 70)), INSTRUCTION, 2, "mode RGBA: convert it to RGB"),
+        ("flux2", ("RGB", (90, 70)), " \n", 2, "empty instruction"),
+        ("flux2", ("RGB", (90, 70)), INSTRUCTION, 1, "1 steps.*give 2 or more"),
+        ("flux2", ("RGB", (90, 70)), "make [IMG] blue", 2, r"'\[IMG\]', a special token"),
+        ("flux2", ("RGB", (900, 70)), INSTRUCTION, 2, "no picture of 900 x 70 .*ratio"),
+        ("flux-kontext", ("RGB", (90, 70)), "remove the</s> ball", 2, "'</s>', a special token"),
+        ("qwen-image-edit", ("RGB", (90, 70)), "remove <|image_pad|>", 2, r"'<\|image_pad\|>', a special token"),
+        ("qwen-image-edit", ("RGB", (9000, 3)), INSTRUCTION, 2, "no picture of 9000 x 3"),
     ],
 )
-def test_input_that_an_editor_cannot_be_given_is_refused(made, instruction, steps, said, load):
+def test_input_that_an_editor_cannot_be_given_is_refused(name, made, instruction, steps, said, load):
     with pytest.raises(Refusal, match=said):
-        load("flux2").edit(Image.new(*made), instruction, steps=steps)
+        load(name).edit(Image.new(*made), instruction, steps=steps)
+
+
+def test_braces_and_quotes_in_an_instruction_are_text(load, picture):
+    assert load("qwen-image-edit").edit(picture, 'write "{0} {}" \\ on it', steps=2).size == picture.size
 
 
 @every_pipeline

@@ -1,5 +1,6 @@
 """A baseline: an editor read from a folder or the hub, that edits a picture by an instruction."""
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -65,6 +66,8 @@ class Baseline:
         """
         recipe = _checked(name, offload, positions)
         source = str(source or recipe.hub_id)
+        folder = Path(source).expanduser()
+        source = str(folder) if folder.is_dir() else source
         import diffusers
 
         from extract.model import find_device
@@ -100,6 +103,7 @@ class Baseline:
             "pipeline": recipe.pipeline,
             "id": source,
             "revision": commit or revision,
+            "sha256": _digest(folder) if folder.is_dir() else None,
             "steps": recipe.steps,
             recipe.guides: recipe.guidance,
             **recipe.also,
@@ -136,16 +140,13 @@ class Baseline:
         self._check(picture, instruction, steps)
         given = recipe.size(*picture.size) if recipe.size else {}
         seen = picture.resize((given["width"], given["height"]), Image.Resampling.LANCZOS) if given else picture
-        made = self.pipeline(
-            image=seen,
-            prompt=recipe.prompt(instruction),
-            num_inference_steps=steps,
-            generator=torch.Generator("cpu").manual_seed(seed),
-            output_type="np",
-            **{recipe.guides: recipe.guidance},
-            **recipe.also,
-            **given,
-        ).images
+        given |= {recipe.guides: recipe.guidance, **recipe.also, "num_inference_steps": steps, "output_type": "np"}
+        generator = torch.Generator("cpu").manual_seed(seed)
+        try:
+            made = self.pipeline(image=seen, prompt=recipe.prompt(instruction), generator=generator, **given).images
+        except ValueError as error:
+            size = "{} x {}".format(*picture.size)
+            raise Refusal(f"{self.name} takes no picture of {size} with {instruction!r}: {error}") from error
         if not np.isfinite(made).all():
             raise Refusal(
                 f"{self.name} made a picture that is not finite of {instruction!r} with seed {seed}: load it in "
@@ -201,6 +202,7 @@ def _text_models(name: str, source: str, index: Mapping[str, Any], given: dict[s
     """Its text encoders, read before the rest: by themselves they draw at random what a file lacks, and go on."""
     import transformers
 
+    transformers.utils.logging.disable_progress_bar()
     found = {}
     for part, value in index.items():
         kind = getattr(transformers, value[1], None) if isinstance(value, list) and value[0] == "transformers" else None
@@ -222,6 +224,15 @@ def _check_weights(name: str, source: str, made: Any) -> None:
 
 def _lacks(name: str, source: str, part: str, key: str) -> Refusal:
     return Refusal(f"{name}: the {part} of {source!r} lacks the weight {key}: get its files again")
+
+
+def _digest(folder: Path) -> str:
+    """Of all that decides a folder's weights, as a hub's commit names its."""
+    from extract.model import file_hash
+
+    files = sorted(path for path in folder.rglob("*") if path.suffix in (".json", ".safetensors"))
+    lines = [f"{path.relative_to(folder).as_posix()} {file_hash(path)}\n" for path in files]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 
 def _with_token_types(encoder: torch.nn.Module, args: tuple, given: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:

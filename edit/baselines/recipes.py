@@ -6,11 +6,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from store.errors import Refusal
-
 MEGAPIXEL = 1024 * 1024
-FLUX2_SIDE, FLUX2_RATIO, FLUX2_MULTIPLE = 64, 8, 16
-"""The least side and most extreme ratio of sides that Flux2Pipeline takes, and what it crops sides to multiples of."""
+FLUX2_SIDE, FLUX2_MULTIPLE = 64, 16
+"""The least side that Flux2Pipeline takes, and what it crops sides to multiples of."""
 
 
 def kontext_size(width: int, height: int) -> dict[str, int]:
@@ -23,8 +21,6 @@ def kontext_size(width: int, height: int) -> dict[str, int]:
 
 def flux2_size(width: int, height: int) -> dict[str, int]:
     """The picture's own size up to a million pixels, as Flux2Pipeline works, at sides that it need not crop."""
-    if max(width / height, height / width) > FLUX2_RATIO:
-        raise Refusal(f"a picture of {width} x {height} is longer than {FLUX2_RATIO} to 1, which Flux2Pipeline refuses")
     scale = min(1.0, math.sqrt(MEGAPIXEL / (width * height)))
     across, down = (max(FLUX2_SIDE, int(side * scale) // FLUX2_MULTIPLE * FLUX2_MULTIPLE) for side in (width, height))
     return {"width": across, "height": down}
