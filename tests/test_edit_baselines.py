@@ -220,6 +220,22 @@ def test_the_result_is_made_on_the_grid_that_the_picture_is_read_on(name, size, 
     assert torch.equal(of_result[:, 1:], of_picture[:, 1:])
 
 
+@pytest.mark.parametrize("size", [(131, 97), (90, 70), (1300, 1000)])
+def test_flux2_is_given_a_picture_of_which_it_crops_nothing(size, load, monkeypatch):
+    baseline, seen = load("flux2"), []
+
+    def preprocess(picture, height, width, resize_mode):
+        seen.append((picture.size, (width, height), resize_mode))
+        raise ValueError("far enough")
+
+    monkeypatch.setattr(baseline.pipeline.image_processor, "preprocess", preprocess)
+    with pytest.raises(Refusal, match="far enough"):
+        baseline.edit(Image.new("RGB", size), INSTRUCTION, steps=2)
+    given, kept, mode = seen[0]
+    assert mode == "crop" and given == kept
+    assert given[0] * given[1] == pytest.approx(min(size[0] * size[1], MEGAPIXEL), rel=0.25)
+
+
 def test_sizes_are_those_that_the_pipelines_prefer():
     assert kontext_size(1920, 1080) == {"width": 1392, "height": 752, "max_area": 1392 * 752}
     assert kontext_size(300, 300) == {"width": 1024, "height": 1024, "max_area": MEGAPIXEL}
@@ -321,13 +337,18 @@ def test_pickled_weights_are_never_read(own_copy):
     assert not (own_copy / "ran").exists()
 
 
-def test_code_that_comes_with_the_weights_is_never_run(own_copy):
+@pytest.mark.parametrize("library", ["evil", "diffusers"])
+def test_code_that_comes_with_the_weights_is_never_run(library, own_copy):
+    # A module of a library's name, beside a part, would stand in for the library.
     index = json.loads((own_copy / "model_index.json").read_text())
-    index["transformer"] = ["evil", "Evil"]
+    kind = index["transformer"][1]
+    index["transformer"] = [library, kind]
     (own_copy / "model_index.json").write_text(json.dumps(index))
     ran = own_copy / "ran"
-    (own_copy / "transformer" / "evil.py").write_text(f"open({str(ran)!r}, 'w')\nclass Evil: pass\n")
-    with pytest.raises(Refusal, match=r"transformer .* is from 'evil', code that is never run here"):
+    (own_copy / "transformer" / f"{library}.py").write_text(f"open({str(ran)!r}, 'w')\nclass {kind}: pass\n")
+    with pytest.raises(
+        Refusal, match=r"transformer .* is from 'evil', code that is never run here|not a folder or hub id"
+    ):
         Baseline.load("flux2", own_copy, device="cpu")
     assert not ran.exists()
 
