@@ -1,6 +1,7 @@
 """Routes ``python -m edit``."""
 
 from edit.evaluate import evaluate
+from edit.gap import gap
 from edit.run import run
 from edit.train import train
 from store.commandline import route
@@ -9,5 +10,5 @@ if __name__ == "__main__":
     route(
         "python -m edit",
         "The recovered box steers an editor: LoRA, two-stage inference, scores.",
-        {"train": train, "run": run, "evaluate": evaluate},
+        {"train": train, "run": run, "evaluate": evaluate, "gap": gap},
     )

@@ -202,3 +202,49 @@ class EvaluateConfig:
                 raise Refusal(f"--{name} {getattr(self, name)}: give 1 or more")
         if "middle" in self.methods and self.middle is None:
             raise Refusal("--methods middle needs --middle, the layer: `python -m analysis layers` votes on it")
+
+
+@dataclass(frozen=True)
+class GapConfig:
+    """The localization gap: where the VLM says the object is when it is asked, against where the editor edits.
+
+    Both are boxes on the same pictures, and both are held against the true one: the VLM's answer, and the region in
+    which the edited picture differs from its source (the largest one, with the editor's own shift and zoom undone).
+    """
+
+    data: str | None = None
+    """Data in OmniEdit's columns with boxes (folder or hub id); hard scenes drawn from --seed if not given."""
+    samples: int = 200
+    """Pictures."""
+    seed: int = 90_001
+    """Names the set of scenes."""
+    difficulty: Literal["easy", "medium", "hard"] = "hard"
+    """Of the scenes."""
+    out: Path = Path("runs/gap")
+    """Folder for edited pictures, gap.parquet and gap.json."""
+    editor: str = POCKET
+    """The editor: pocket, a folder of a diffusers pipeline, or a hub id."""
+    store: str | None = None
+    """Store that says how the VLM reads; as the pocket proxy's if not given."""
+    vlm: str | None = None
+    """Folder or hub id of the VLM's checkpoint, where it is not where it was when the store was made."""
+    steps: int | None = None
+    """Denoising steps; the editor's own number if not given."""
+    edit_seed: int = 0
+    """Of the noise that the editor begins with."""
+    max_new_tokens: int = 400
+    """Longest answer when asked for the box."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where all of it runs."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the editor computes in."""
+    threads: int | None = None
+    """Torch threads on a CPU; torch's own choice where not given."""
+    json: bool = False
+    """Print one object instead of the summary."""
+
+    def __post_init__(self):
+        """Refuse numbers that make no sense."""
+        for name in ("samples", "steps", "threads", "max_new_tokens"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
+                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")

@@ -26,6 +26,7 @@ from store.errors import Refusal
 SETTINGS_FILE = "editor.json"
 STOCK_AREA, STOCK_MULTIPLE = 1024 * 1024, 32
 MEND = "install diffusers 0.42"
+WANTED = "the folder of a Qwen-Image-Edit pipeline, as its save_pretrained writes it, or a hub id"
 
 
 @dataclass(frozen=True)
@@ -94,10 +95,20 @@ class Editor:
         """The editor in a folder, of a hub id, or ``pocket``.
 
         It comes without its text encoder: `extract.Encoder` does that work.
+
+        Raises
+        ------
+        Refusal
+            There is none, or it cannot be loaded from safetensors.
         """
         folder = POCKET_WEIGHTS if folder == POCKET else folder
         parts = dict.fromkeys(("text_encoder", "tokenizer", "processor"))
-        pipeline = QwenImageEditPipeline.from_pretrained(folder, dtype=dtype, **parts).to(device)
+        try:
+            pipeline = QwenImageEditPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **parts)
+        except (OSError, ValueError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise Refusal(f"{folder} is no editor that can be loaded ({first}): give {WANTED}") from error
+        pipeline = pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         for_single_frames(pipeline.vae)
         return cls(pipeline, Settings.load(Path(folder)))

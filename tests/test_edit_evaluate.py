@@ -49,7 +49,8 @@ def test_every_method_is_scored_on_every_scene(done):
     assert (
         boxes.filter(method="true-box")["value"].mean() == 1 and boxes.filter(method="wrong-box")["value"].mean() == 0
     )
-    assert "±" in (out / "table.md").read_text() and "Success" in run.stdout
+    told = (out / "table.md").read_text()
+    assert all(f"| {name} |" in told for name in METHODS) and "Holm" in told and "gap" in run.stdout
 
 
 def test_it_goes_on_where_it_ended_and_gives_the_same_scores(given, done, tmp_path):

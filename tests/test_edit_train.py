@@ -121,6 +121,12 @@ def test_latents_are_the_pipelines_own(editor_folder):
     assert editor.decode(made)[0].size == picture.size
 
 
+@pytest.mark.parametrize("folder", ["/nowhere/at/all", "tmp"])
+def test_a_folder_that_is_no_editor_is_refused(folder, tmp_path):
+    with pytest.raises(Refusal, match="no editor that can be loaded"):
+        Editor.load(tmp_path if folder == "tmp" else folder)
+
+
 # What it learns
 
 
