@@ -249,6 +249,11 @@ def test_what_does_not_belong_together_is_refused():
         one | {"mask": {"size": [row["height"], row["width"]], "counts": [row["height"] * row["width"]]}}
         for one in row["objects"]
     ]
+    damaged = [one | {"mask": {"size": one["mask"]["size"], "counts": [5, 5]}} for one in row["objects"]]
+    with pytest.raises(Refusal, match="mask of an object is damaged"):
+        SceneJudge.of_row(row | {"objects": damaged})
+    with pytest.raises(Refusal, match="picture of the scene is damaged"):
+        SceneJudge.of_row(row | {"src_img": {"bytes": row["src_img"]["bytes"][:300], "path": None}})
     with pytest.raises(Refusal, match="its mask is empty"):
         SceneJudge.of_row(row | {"objects": empty})
     with pytest.raises(Refusal, match="RGBA"):
