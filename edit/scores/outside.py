@@ -25,6 +25,14 @@ GREY = 128
 SMALLEST = 32
 """Pixels of the shorter side: AlexNet's last features of anything smaller are empty."""
 RANDOM = "random"
+KERNELS = {
+    0: (64, 3, 11, 11),
+    3: (192, 64, 5, 5),
+    6: (384, 192, 3, 3),
+    8: (256, 384, 3, 3),
+    10: (256, 256, 3, 3),
+}
+"""Shapes of AlexNet's convolutions by their number in ``features``."""
 MEND = (
     'make such a file by: python -c "import torchvision, safetensors.torch as s; '
     "s.save_file(torchvision.models.alexnet(weights='DEFAULT').state_dict(), 'alexnet.safetensors')\""
@@ -66,6 +74,7 @@ class Perception:
     """
 
     def __init__(self, trunk: str | Path = RANDOM, device: str | torch.device = "cpu"):
+        held = None if trunk == RANDOM else _trunk(Path(trunk))
         import lpips  # slow to import
 
         self.name = "LPIPS (random trunk)" if trunk == RANDOM else "LPIPS (AlexNet)"
@@ -75,8 +84,9 @@ class Perception:
             warnings.simplefilter("ignore")
             torch.manual_seed(0)
             self._network = lpips.LPIPS(net="alex", pnet_rand=True, verbose=False)
-        if trunk != RANDOM:
-            self._network.net.load_state_dict(_trunk(Path(trunk), self._network.net.state_dict()))
+        if held is not None:
+            names = {name.split(".", 1)[1]: name for name in self._network.net.state_dict()}
+            self._network.net.load_state_dict({names[name]: value for name, value in held.items()})
         self._network.requires_grad_(False).eval().to(self.device)
 
     def distance(self, a: np.ndarray, b: np.ndarray) -> float:
@@ -97,20 +107,22 @@ class Perception:
         return self._network(both[:1], both[1:])
 
 
-def _trunk(path: Path, wanted: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Weights of the network's own names (``slice2.3.weight``) by those of torchvision (``features.3.weight``)."""
+def _trunk(path: Path) -> dict[str, torch.Tensor]:
+    """The convolutions of torchvision's AlexNet, as ``3.weight`` for its ``features.3.weight``."""
+    shapes = {f"{number}.weight": shape for number, shape in KERNELS.items()}
+    shapes |= {f"{number}.bias": shape[:1] for number, shape in KERNELS.items()}
+    found = {}
     try:
         with safe_open(path, "pt") as file:
             held = set(file.keys())
-            found = {}
-            for name, value in wanted.items():
-                key = f"features.{name.split('.', 1)[1]}"
+            for name, shape in shapes.items():
+                key = f"features.{name}"
                 if key not in held:
                     raise Refusal(f"{path} has no {key!r} of torchvision's AlexNet: {MEND}")
                 found[name] = file.get_tensor(key)
-                if found[name].shape != value.shape:
-                    shapes = f"{list(found[name].shape)}, not {list(value.shape)}"
-                    raise Refusal(f"{key!r} in {path} has the shape {shapes} of torchvision's AlexNet: {MEND}")
+                if found[name].shape != shape:
+                    told = f"{list(found[name].shape)}, not {list(shape)}"
+                    raise Refusal(f"{key!r} in {path} has the shape {told} as torchvision's AlexNet: {MEND}")
     except (OSError, SafetensorError) as failure:
         raise Refusal(f"{path} cannot be read as safetensors ({failure}): {MEND}") from failure
     return found
