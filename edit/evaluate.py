@@ -32,7 +32,7 @@ from store.errors import Refusal
 
 STANDALONE = "standalone VLM"
 REFERENCE = "our-box"
-SHARES = ("success", "right object")
+SHARES = ("success", "right object", "mislocalized", "unchanged", "box on the right object")
 
 
 @dataclass(frozen=True)
