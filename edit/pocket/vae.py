@@ -171,7 +171,7 @@ def validation(config: VaeConfig) -> list[torch.Tensor]:
     """Whole pictures of unseen hard scenes, each ``[1, 3, h, w]``."""
     scenes = (draw_scene(config.seed + 1, index, "hard") for index in range(VALIDATION))
     pictures = (pictures_of(scene)[index % 2] for index, scene in enumerate(scenes))
-    return [to_tensor(np.asarray(resized(picture, AREA))[None]) for picture in pictures]
+    return [to_tensor(np.array(resized(picture, AREA))[None]) for picture in pictures]
 
 
 @torch.no_grad()
