@@ -98,8 +98,6 @@ class EndpointSettings:
     """Sampling temperature; None leaves it out, for models that take none."""
     sampling_seed: int | None = None
     """Seed of the endpoint's sampling, where it takes one."""
-    max_tokens: int = 2048
-    """Longest answer in tokens, with what a model thinks before it."""
     concurrency: int = 4
     """Requests at a time."""
     timeout: float = 120.0
@@ -119,7 +117,7 @@ class EndpointSettings:
 
     def __post_init__(self):
         """Refuse numbers that make no sense."""
-        for name in ("max_tokens", "concurrency", "attempts"):
+        for name in ("concurrency", "attempts"):
             if getattr(self, name) < 1:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
         for name in ("timeout", "longest_wait", "price_in", "price_out", "budget", "temperature"):
@@ -151,6 +149,8 @@ class JudgeConfig:
     cache: Path = Path("runs/judged")
     """Folder of all answers so far."""
     endpoint: EndpointSettings = field(default_factory=EndpointSettings)
+    max_tokens: int = 2048
+    """Longest answer in tokens, with what a model thinks before it."""
     show_box: bool = False
     """Tell the judge where the meant subject lies in the source."""
     estimate: bool = False
@@ -159,3 +159,10 @@ class JudgeConfig:
     """Where a local model runs; auto: cuda if there is one."""
     max_pixels: int | None = None
     """Area in pixels above which a local model's pictures are shrunk; the checkpoint's own setting where not given."""
+
+    def __post_init__(self):
+        """Refuse numbers that make no sense."""
+        for name in ("max_tokens", "max_pixels"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise Refusal(f"--{name.replace('_', '-')} {value}: give 1 or more")

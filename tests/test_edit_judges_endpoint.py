@@ -32,8 +32,9 @@ def short_waits(monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def judge_at(server, kind="openai", cache=None, model="judge-1", **settings):
-    return EndpointJudge(kind, model, EndpointSettings(url=server.url, **{"timeout": 5.0} | settings), cache)
+def judge_at(server, kind="openai", cache=None, model="judge-1", max_tokens=2048, **settings):
+    made = EndpointSettings(url=server.url, **{"timeout": 5.0} | settings)
+    return EndpointJudge(kind, model, made, cache, max_tokens)
 
 
 def ask(server, instruction="make it blue", box=None, kind="openai", **settings):

@@ -34,9 +34,9 @@ def judge(config: JudgeConfig) -> None:
     if config.judge == "local":
         from edit.judges.local import LocalJudge
 
-        chosen = nullcontext(LocalJudge(config.model, cache, config.device, config.max_pixels))
+        chosen = nullcontext(LocalJudge(config.model, cache, config.device, config.max_pixels, config.max_tokens))
     else:
-        chosen = EndpointJudge(config.judge, config.model, config.endpoint, cache)
+        chosen = EndpointJudge(config.judge, config.model, config.endpoint, cache, config.max_tokens)
     with chosen as asked:
         if config.judge != "local":
             print(f"estimate  {asked.estimate(items)}", flush=True)

@@ -70,6 +70,8 @@ class EndpointJudge:
         Its name there.
     settings, cache
         See `EndpointSettings`; without a cache every picture is asked about.
+    max_tokens
+        Longest answer.
 
     Raises
     ------
@@ -77,12 +79,19 @@ class EndpointJudge:
         The URL, the model's name or the key cannot be used.
     """
 
-    def __init__(self, kind: Kind, model: str, settings: EndpointSettings, cache: AnswerCache | None = None):
+    def __init__(
+        self,
+        kind: Kind,
+        model: str,
+        settings: EndpointSettings,
+        cache: AnswerCache | None = None,
+        max_tokens: int = 2048,
+    ):
         if not model or not model.isprintable():
             raise Refusal(f"--model {model!r}: give the name of a model of the endpoint")
         base, loopback = checked_url(settings.url or URLS[kind], settings.plain_http)
         self.settings, self.cache = settings, cache
-        self.wire = Wire(kind, base, model, settings.temperature, settings.sampling_seed, settings.max_tokens)
+        self.wire = Wire(kind, base, model, settings.temperature, settings.sampling_seed, max_tokens)
         self._key = key_from(settings.key_env)
         self.concurrency = settings.concurrency
         # Proxies of the environment are for other machines.

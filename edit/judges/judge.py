@@ -1,7 +1,7 @@
 """What every judge can do, and many pictures judged by one: progress, failures set aside, a table."""
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -27,6 +27,10 @@ SCHEMA = {
 }
 """Columns of the table: grades (null where ``failed`` says why there are none), the judge's reason, what the answer
 cost when it was given."""
+
+
+POLL = 0.2
+"""Seconds after which it is looked for Ctrl-C, which may not wake who waits for threads."""
 
 
 class Judge(Protocol):
@@ -127,11 +131,14 @@ def judge_all(judge: Judge, items: Sequence[Item], quiet: bool = False) -> pl.Da
     ):
         places = {pool.submit(_judged, judge, item): place for place, item in enumerate(items)}
         try:
-            for done in as_completed(places):
-                found[places[done]] = one = done.result()
-                failed += isinstance(one, Failure)
+            left = set(places)
+            while left:
+                ready, left = wait(left, POLL, FIRST_COMPLETED)
+                for done in ready:
+                    found[places[done]] = one = done.result()
+                    failed += isinstance(one, Failure)
                 bar.set_postfix_str(f"{judge.spent:.4f} spent, {failed} failed", refresh=False)
-                bar.update()
+                bar.update(len(ready))
         except Refusal as refused:
             refusal = refused
         finally:

@@ -29,7 +29,7 @@ class LocalJudge:
         ``auto``, ``cuda`` or ``cpu``.
     max_pixels
         Area above which pictures are shrunk; the checkpoint's own setting where not given.
-    max_new_tokens
+    max_tokens
         Longest answer.
 
     Raises
@@ -47,11 +47,11 @@ class LocalJudge:
         cache: AnswerCache | None = None,
         device: Literal["auto", "cuda", "cpu"] = "auto",
         max_pixels: int | None = None,
-        max_new_tokens: int = 512,
+        max_tokens: int = 2048,
     ):
         self.folder = find_checkpoint(model)
         self.device = find_device(device)
-        self.cache, self.max_pixels, self.max_new_tokens = cache, max_pixels, max_new_tokens
+        self.cache, self.max_pixels, self.max_tokens = cache, max_pixels, max_tokens
         self.processor = load_processor(self.folder, max_pixels)
         if not self.processor.chat_template:
             raise Refusal(f"--model {model!r} has no chat template, by which a judge is shown two pictures")
@@ -64,7 +64,7 @@ class LocalJudge:
         ends = model.generation_config.eos_token_id
         # A checkpoint's own settings may sample, or punish repetition.
         model.generation_config = GenerationConfig(
-            max_new_tokens=self.max_new_tokens,
+            max_new_tokens=self.max_tokens,
             do_sample=False,
             eos_token_id=tokenizer.eos_token_id if ends is None else ends,
             pad_token_id=tokenizer.eos_token_id if tokenizer.pad_token_id is None else tokenizer.pad_token_id,
@@ -95,7 +95,7 @@ class LocalJudge:
         return {
             "checkpoint": {path.name: file_hash(path) for path in files},
             "max_pixels": self.max_pixels,
-            "max_new_tokens": self.max_new_tokens,
+            "max_tokens": self.max_tokens,
             "device": self.device.type,
         }
 
