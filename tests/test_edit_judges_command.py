@@ -94,7 +94,7 @@ def test_the_judge_is_told_of_boxes_only_if_asked(table):
         assert [("of the width" in json.dumps(one)) for one in server.asked].count(True) == 10  # two have no box
 
 
-def test_an_interrupted_run_keeps_its_answers_and_the_same_command_goes_on(table):
+def test_an_interrupted_run_keeps_its_answers_and_the_same_command_goes_on(table, monkeypatch):
     steps = [reply(said())] * 5
     program = "from store.commandline import run; from edit.judges.command import judge; run('judge', judge)"
     with Endpoint(*steps, usual=hang) as server:
@@ -108,18 +108,18 @@ def test_an_interrupted_run_keeps_its_answers_and_the_same_command_goes_on(table
             time.sleep(0.05)
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
+        assert process.returncode == 130, err
+        assert len(list((table.parent / "cache").rglob("*.json"))) == 5
+        assert not (table.parent / "out/judged.parquet").exists()
+        server.usual = reply(said())
+        server.asked.clear()
+        monkeypatch.setenv("JUDGE_KEY", KEY)
+        run(*given)
+    assert len(server.asked) == 12 - 5
+    assert pl.read_parquet(table.parent / "out/judged.parquet")["failed"].null_count() == 12
     assert "interrupted" in err
     assert "Traceback" not in err
     assert KEY not in out + err
-    assert len(list((table.parent / "cache").rglob("*.json"))) == 5
-    assert not (table.parent / "out/judged.parquet").exists()
-    server = Endpoint()
-    with server:
-        moved = [server.url if one.startswith("http://") else one for one in given[:-6]]
-        run(*moved)
-    # The port is another one, and with it the endpoint: nothing of the first is taken for the second's.
-    assert len(server.asked) == 12
 
 
 @pytest.mark.parametrize(
@@ -158,4 +158,4 @@ def test_a_local_model_judges_by_the_same_command(table, capsys):
     given = ("--items", table, "--judge", "local", "--model", "pocket", "--device", "cpu", "--max-pixels", "3136")
     run(*map(str, (*given, "--max-tokens", "4", "--out", out, "--cache", cache)))
     assert "ours: n = 0, 1 set aside" in capsys.readouterr().out
-    assert pl.read_parquet(out)["failed"].to_list()[0].startswith("the model stopped: not at an end after 4 tokens")
+    assert pl.read_parquet(out)["failed"].to_list()[0].startswith("the model stopped (not at an end after 4 tokens)")

@@ -260,11 +260,11 @@ def test_an_endpoint_that_is_gone_ends_the_run_and_what_it_gave_is_kept():
 @pytest.mark.parametrize(
     ("kind", "body", "why"),
     [
-        ("openai", said(text="", finish="length"), "the model stopped: length"),
-        ("openai", said(text=None, grades={}, refusal="I will not"), "the model stopped: refusal: I will not"),
-        ("openai", said(text="", finish="content_filter"), "the model stopped: content_filter"),
+        ("openai", said(text="", finish="length"), "the model stopped (length)"),
+        ("openai", said(text=None, grades={}, refusal="I will not"), "the model stopped (refusal: I will not)"),
+        ("openai", said(text="", finish="content_filter"), "the model stopped (content_filter)"),
         ("gemini", {"promptFeedback": {"blockReason": "SAFETY"}, "usageMetadata": {"promptTokenCount": 9}}, "SAFETY"),
-        ("gemini", said(text='{"edit": 4, ', kind="gemini", finish="MAX_TOKENS"), "the model stopped: MAX_TOKENS"),
+        ("gemini", said(text='{"edit": 4, ', kind="gemini", finish="MAX_TOKENS"), "the model stopped (MAX_TOKENS)"),
         ("gemini", said(text="No.", kind="gemini"), "no JSON object with grades: No."),
     ],
 )

@@ -7,11 +7,13 @@ import pytest
 import torch
 from judging import GRADES, picture
 from PIL import Image
+from tiny_families import model_of, processor_of
 
 from edit.judges.cache import AnswerCache
 from edit.judges.judge import Item, judge_all
 from edit.judges.local import LocalJudge
 from edit.judges.questions import Cost, Failure, Verdict, prompt_for
+from extract.families import FAMILIES
 from extract.model import find_checkpoint
 from store.errors import Refusal
 
@@ -69,7 +71,7 @@ class Forced:
 def test_a_model_that_cannot_judge_is_set_aside_with_its_own_words(loaded):
     rows = judge_all(loaded, [Item("s", "m", "make it blue", picture(0), picture(1))], quiet=True)
     assert rows["edit"].to_list() == [None]
-    assert "the model stopped: not at an end after 6 tokens: " in rows["failed"][0]
+    assert "the model stopped (not at an end after 6 tokens): " in rows["failed"][0]
     assert rows["tokens_out"].to_list() == [6]
     assert loaded.judge(picture(0), picture(1), "make it blue").reason == rows["failed"][0]
 
@@ -125,6 +127,30 @@ def test_a_checkpoint_without_chat_template_is_refused(tmp_path):
     (folder / "chat_template.jinja").unlink()
     with pytest.raises(Refusal, match="no chat template"):
         LocalJudge(str(folder), None, "cpu")
+
+
+TEMPLATE = (
+    "{% for message in messages %}{% for part in message['content'] %}"
+    "{% if part['type'] == 'image' %}IMAGE{% else %}{{ part['text'] }}{% endif %}{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("name", ["qwen3_vl", "internvl", "llava"])
+def test_every_family_is_shown_both_pictures(tmp_path, name):
+    processor = processor_of(name)
+    model_of(name).save_pretrained(tmp_path / "model")
+    processor.save_pretrained(tmp_path / "model")
+    (tmp_path / "model/chat_template.jinja").write_text(TEMPLATE.replace("IMAGE", FAMILIES[name].image.strip()))
+    judge = LocalJudge(str(tmp_path / "model"), None, "cpu", max_tokens=2)
+    one, two = picture(0, (112, 112)), picture(1, (112, 112))
+    asked = [judge.judge(one, two, "make it blue"), judge.judge(two, one, "make it blue")]
+    assert all("not at an end after 2 tokens" in found.reason for found in asked)
+    placeholder = processor.tokenizer.convert_tokens_to_ids(FAMILIES[name].placeholder)
+    ids = []
+    judge.model.register_forward_pre_hook(lambda *given: ids.append(given[2]["input_ids"]), with_kwargs=True)
+    judge.judge(one, two, "make it blue")
+    alone = len(FAMILIES[name].regions(judge.processor, 112, 112).row)
+    assert (ids[0] == placeholder).sum() == 2 * alone > 0
 
 
 def test_what_is_no_checkpoint_is_refused(tmp_path):

@@ -108,7 +108,8 @@ def verdict_of(answer: Answer, money: float = 0.0) -> Verdict | Failure:
     try:
         verdict = parse(answer.text)
     except Unclear as unclear:
-        return Failure(f"the model stopped: {shown(answer.ended)}" if answer.ended else str(unclear), cost)
+        said = f": {shown(answer.text)}" if answer.text else ""
+        return Failure(f"the model stopped ({shown(answer.ended)}){said}" if answer.ended else str(unclear), cost)
     return Verdict(*(getattr(verdict, name) for name in QUESTIONS), verdict.reason, cost)
 
 

@@ -114,7 +114,7 @@ class LocalJudge:
         ends = self.model.generation_config.eos_token_id
         finished = ids and ids[-1] in (ends if isinstance(ends, list) else [ends])
         text = self.processor.tokenizer.decode(ids, skip_special_tokens=True)
-        return Answer(text, given, len(ids), None if finished else f"not at an end after {len(ids)} tokens: {text}")
+        return Answer(text, given, len(ids), None if finished else f"not at an end after {len(ids)} tokens")
 
 
 def _name(path: Path) -> str:
