@@ -2,6 +2,7 @@
 
 from edit.evaluate import evaluate
 from edit.gap import gap
+from edit.judges.command import judge
 from edit.run import run
 from edit.train import train
 from store.commandline import route
@@ -10,5 +11,5 @@ if __name__ == "__main__":
     route(
         "python -m edit",
         "The recovered box steers an editor: LoRA, two-stage inference, scores.",
-        {"train": train, "run": run, "evaluate": evaluate, "gap": gap},
+        {"train": train, "run": run, "evaluate": evaluate, "gap": gap, "judge": judge},
     )

@@ -115,6 +115,7 @@ def evaluate(config: EvaluateConfig) -> int:
         threads=config.threads,
     )
     stages = run.load_stages(asked)
+    write_items(config, methods, held)
     scores = standalone(stages, held)
     for name in methods:
         scores += by_method(config, asked, stages, name, held, perception)
@@ -131,6 +132,24 @@ def evaluate(config: EvaluateConfig) -> int:
         print(text)
         print(gap(frame))
     return 0
+
+
+def write_items(config: EvaluateConfig, methods: Sequence[str], held: Sequence[Held]) -> None:
+    """``items.parquet``, which `python -m edit judge` asks about, and the sources that it shows."""
+    sources = config.out / "pictures" / "source"
+    sources.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for one in held:
+        source = run.paths_of(sources, one.name)[0]
+        if not source.is_file():
+            run.write(sources, one.name, one.picture, {"scene": one.name})
+        for name in methods:
+            made = run.paths_of(config.out / "pictures" / name, one.name)[0]
+            files = {"source": source, "edited": made}
+            box = dict(zip(("x1", "y1", "x2", "y2"), map(float, one.row["box"]), strict=True))
+            about = {"sample": one.name, "method": name, "instruction": one.instruction}
+            rows.append(about | {kind: str(path.relative_to(config.out)) for kind, path in files.items()} | box)
+    pl.DataFrame(rows).write_parquet(config.out / "items.parquet")
 
 
 def standalone(stages: TwoStage, held: Sequence[Held]) -> list[tuple]:

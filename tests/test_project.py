@@ -91,6 +91,12 @@ def test_data_flow_one_way_and_every_file_says_its_purpose(path):
         "analysis heads",
         "analysis states",
         "analysis report",
+        "edit train",
+        "edit run",
+        "edit evaluate",
+        "edit gap",
+        "edit judge",
+        "edit.pocket vae",
     ],
 )
 def test_every_command_teaches_in_its_help(program):

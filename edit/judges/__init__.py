@@ -1,0 +1,10 @@
+"""Judges of an edited picture: three questions, each answered from 0 to 4, by a model or by a person.
+
+``questions``  what is asked, what an answer has to look like, what it means and what it cost
+``judge``      ``Judge``, what every judge can do; many pictures judged, with progress, as a table
+``cache``      answers on the disk: what was asked once is not asked again
+``wire``       requests and answers of the two kinds of endpoint
+``endpoint``   a model behind an OpenAI-compatible or Gemini endpoint: attempts, costs, budget
+``local``      a vision-language model on this machine
+``command``    ``python -m edit judge``
+"""
