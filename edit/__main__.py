@@ -1,11 +1,43 @@
-"""Routes ``python -m edit``."""
+"""Routes ``python -m edit``; each job's code is imported when it is asked for, so that ``--help`` stays instant."""
 
-from edit.evaluate import evaluate
-from edit.gap import gap
-from edit.judges.command import judge
-from edit.run import run
-from edit.train import train
+from edit.config import EvaluateConfig, GapConfig, JudgeConfig, RunConfig, TrainConfig
 from store.commandline import route
+
+
+def train(config: TrainConfig) -> None:
+    """`edit.train.train`"""
+    from edit.train import train
+
+    train(config)
+
+
+def run(config: RunConfig) -> int:
+    """`edit.run.run`"""
+    from edit.run import run
+
+    return run(config)
+
+
+def evaluate(config: EvaluateConfig) -> int:
+    """`edit.evaluate.evaluate`"""
+    from edit.evaluate import evaluate
+
+    return evaluate(config)
+
+
+def gap(config: GapConfig) -> int:
+    """`edit.gap.gap`"""
+    from edit.gap import gap
+
+    return gap(config)
+
+
+def judge(config: JudgeConfig) -> int | None:
+    """`edit.judges.command.judge`"""
+    from edit.judges.command import judge
+
+    return judge(config)
+
 
 if __name__ == "__main__":
     route(

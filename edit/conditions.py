@@ -8,14 +8,18 @@
 Shape suffixes: l layer, t token, w width.
 """
 
+from __future__ import annotations
+
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
-import torch
-
-from extract.encoder import Encoder, Picture, Seen
 from store.errors import Refusal
+
+if TYPE_CHECKING:  # commands have these settings, and their --help waits for no torch
+    import torch
+
+    from extract.encoder import Encoder, Picture, Seen
 
 LAST = "final"
 WAYS = ("last", "norm-average", "description", "middle")
@@ -60,6 +64,8 @@ class Conditioning:
         """``[t, w]`` of the states at ``layers``, in that order (the last layer is the last of them)."""
         if self.way != "norm-average":
             return states_ltw[0]
+        import torch
+
         states = states_ltw.float()
         if self.norm == "layernorm":
             normal = torch.nn.functional.layer_norm(states, states.shape[-1:])

@@ -120,7 +120,9 @@ def evaluate(config: EvaluateConfig) -> int:
     for name in methods:
         scores += by_method(config, asked, stages, name, held, perception)
     frame = pl.DataFrame(
-        scores, schema={"sample": pl.String, "method": pl.String, "metric": pl.String, "value": pl.Float64}
+        scores,
+        orient="row",
+        schema={"sample": pl.String, "method": pl.String, "metric": pl.String, "value": pl.Float64},
     )
     frame.write_parquet(config.out / "scores.parquet")
     summary, compared = table.summary(frame, SHARES), table.comparisons(frame, REFERENCE, SHARES)
