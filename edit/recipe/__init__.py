@@ -4,7 +4,8 @@
 ``checkpoints``  models found, and named by what their files hold
 ``scenes``       the procedural model of every stage, which knows the truth
 ``words``        a language model that writes, a vision-language model that captions
-``pictures``     a pipeline that draws, an editor that harmonizes, the reversal
+``pictures``     a pipeline that draws, an editor that harmonizes
+``reversal``     the pair the other way round
 ``boxes``        a vision-language model that boxes; its boxes against the true ones
 ``dataset``      shards in OmniEdit's columns, the store to review, verdicts
 ``run``          ``recipe``: all stages in order, resumed, one run at a time, and the summary

@@ -1,4 +1,4 @@
-"""A pipeline that draws the scene, an editor that harmonizes its odd object, and the reversal of the pair."""
+"""A pipeline that draws the scene, and an editor that harmonizes its odd object."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -14,12 +14,10 @@ from edit.recipe.stages import Given, Made, Work
 from extract.capture import single_pass
 from extract.families import family_of
 from extract.model import load_model, load_processor
-from extract.omniedit import BadSample
 from extract.sequence import Conditioner, conditioner_for
 from store.errors import Refusal
 
 LAYER = "final"
-UNCHANGED = "the harmonizer changed nothing"
 
 
 @dataclass(frozen=True)
@@ -79,6 +77,7 @@ class EditorHarmonizer:
         return {
             "model": self.found.identity,
             "conditioner": self.conditioner.identity,
+            "conditioning": self.conditioning,
             "template": self._sequence().template,
             "steps": self.steps,
         }
@@ -113,25 +112,3 @@ def states_of(model, sequence: Conditioner, picture: Image.Image, instruction: s
     batch = sequence.batch([(picture, instruction)]).to(model.device)
     (kept,) = (batch.image_mask | batch.text_mask)[0].nonzero(as_tuple=True)
     return single_pass(model, batch.inputs, [LAYER], keep=kept).hidden[0]
-
-
-class Reversal:
-    """The pair the other way round: the uniform picture is the source, the odd one the target."""
-
-    def describe(self) -> dict:
-        """It has no settings."""
-        return {}
-
-    def load(self) -> Work:
-        """See the class."""
-        return reverse
-
-
-def reverse(given: Given) -> Made:
-    """Pictures ``source`` and ``target`` of one size (raises `BadSample` where nothing distinguishes them)."""
-    source, target = given.picture("harmonized"), given.picture("drawn")
-    if target.size != source.size:
-        target = target.resize(source.size, Image.Resampling.LANCZOS)
-    if source.tobytes() == target.tobytes():
-        raise BadSample(UNCHANGED)
-    return Made({"width": source.width, "height": source.height}, {"source": source, "target": target})

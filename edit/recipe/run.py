@@ -17,12 +17,11 @@ import torch
 from tqdm import tqdm
 
 from edit.config import SCENES, RecipeConfig
-from edit.pocket.build import WEIGHTS as POCKET_EDITOR
 from edit.recipe import dataset
 from edit.recipe.boxes import VisionBoxer, compare
 from edit.recipe.checkpoints import find, find_language, find_vision
 from edit.recipe.dataset import Sample
-from edit.recipe.pictures import DiffusionGenerator, EditorHarmonizer, Reversal
+from edit.recipe.reversal import Reversal
 from edit.recipe.scenes import SceneModel, SceneWriter
 from edit.recipe.stages import REPLACED, UNFINISHED, Given, Made, Model, Result, Shelf, Stage, Work, write
 from edit.recipe.words import LanguageWriter, LocalText, VisionCaptioner
@@ -50,9 +49,15 @@ def stages_of(config: RecipeConfig) -> list[Stage]:
             return SceneWriter(config.seed) if stage == "write" else SceneModel(stage)
         if stage == "write":
             return LanguageWriter(LocalText(find_language(setting, name), device))
+        # Diffusers takes its time to import, and exact stages do without.
         if stage == "generate":
+            from edit.recipe.pictures import DiffusionGenerator
+
             return DiffusionGenerator(find(setting, name, INDEX), config.side, config.generator_steps, device)
         if stage == "harmonize":
+            from edit.pocket.build import WEIGHTS as POCKET_EDITOR
+            from edit.recipe.pictures import EditorHarmonizer
+
             found = find(setting, name, INDEX, POCKET_EDITOR)
             conditioner = find_vision("conditioner", config.conditioner, POCKET_VLM)
             return EditorHarmonizer(found, conditioner, config.conditioning, config.harmonizer_steps, device)
