@@ -268,6 +268,32 @@ def test_a_sample_that_fails_is_set_aside_with_stage_and_reason_and_the_run_goes
     assert picky.seen == [*range(8), 2, 5]
 
 
+def test_a_sample_that_got_no_box_counts_as_a_miss_against_the_true_ones(copied, capsys):
+    class Shy:
+        def describe(self):
+            return {"model": "shy"}
+
+        def load(self):
+            return self.box
+
+        def box(self, given):
+            if given.number in (1, 6):
+                raise BadSample("no list of four numbers", "there")
+            x1, y1, x2, y2 = given.told["true_box"]
+            return Made({"box": [x1, y1, (x1 + x2) / 2, y2], "answer": "half of it"})
+
+    config = RecipeConfig(copied, samples=8, json=True, **EXACT)
+    capsys.readouterr()
+    make(config, [Stage(one.name, Shy()) if one.name == "box" else one for one in stages_of(config)])
+    summary = json.loads(capsys.readouterr().out)
+    assert summary["dataset"]["samples"] == 6
+    found = summary["boxes"]
+    assert (found["n"], found["no_box"], found["iou50"]) == (8, 0.25, 0.75)
+    assert found["mean_iou"] == pytest.approx(6 * 0.5 / 8)
+    ends = found["mean_iou_interval"]
+    assert 0 <= ends[0] < 0.375 < ends[1] <= 0.5
+
+
 def test_a_harmonizer_that_changes_nothing_gives_no_pair(copied):
     class Idle:
         def describe(self):
@@ -337,6 +363,12 @@ def test_verdicts_stay_with_their_samples_when_others_are_added(copied):
 def test_two_runs_in_one_folder_are_refused(copied):
     with Workshop(copied), pytest.raises(Busy, match="wait, or give another folder"):
         recipe(RecipeConfig(copied, samples=N, **EXACT))
+
+
+def test_a_run_killed_while_it_made_its_folder_goes_on(tmp_path):
+    (tmp_path / "recipe.json.partial").write_text("{")
+    with Workshop(tmp_path):
+        assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_of_something_else_is_refused_and_left_alone(tmp_path):

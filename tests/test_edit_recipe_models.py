@@ -1,5 +1,6 @@
 """The recipe's models: real diffusers and transformers classes with random weights, and bad answers of theirs."""
 
+import gc
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from tiny_recipe import save_editor, save_generator, save_language, save_vision
-from transformers import AutoConfig
+from transformers import AutoConfig, Qwen2ForCausalLM
 
 import edit.recipe.words as words
 import store
@@ -89,7 +90,7 @@ class Scribe:
         return {"model": "scribe"}
 
     def open(self):
-        pass
+        return self.complete
 
     def complete(self, system, user, seed):
         self.asked.append(user)
@@ -281,6 +282,7 @@ def test_a_language_model_is_asked_for_four_to_nine_objects_in_every_layout(tmp_
         '{"scene": "", "edit": "b"}',
         '{"scene": 3, "edit": "b"}',
         '{"scene": null, "edit": "b"}',
+        '{"scene": "\\ud800", "edit": "b"}',
         '[{"scene": "a"',
         '{"scene": "a", "edit": "b"',
         "{" * 100_000,
@@ -297,12 +299,11 @@ def test_an_answer_that_is_no_pair_of_prompts_is_a_bad_sample(answer):
 @pytest.mark.parametrize("name", ["language", "plain"])
 def test_a_local_language_model_answers_the_same_for_the_same_seed(models, name, monkeypatch):
     monkeypatch.setattr(words, "LONGEST", 24)
-    endpoint = LocalText(find("writer", models[name]), CPU)
-    endpoint.open()
-    said = [endpoint.complete("You write.", "Write.", seed) for seed in (3, 3, 4)]
+    complete = LocalText(find("writer", models[name]), CPU).open()
+    said = [complete("You write.", "Write.", seed) for seed in (3, 3, 4)]
     assert said[0] == said[1] != said[2]
     state = torch.get_rng_state()
-    endpoint.complete("You write.", "Write.", 3)
+    complete("You write.", "Write.", 3)
     assert torch.equal(torch.get_rng_state(), state)
 
 
@@ -319,6 +320,7 @@ def test_a_writer_that_only_babbles_ends_the_run_with_the_reason(models, tmp_pat
     )
     with pytest.raises(Refusal, match=f"2 × write: {NO_PAIR}"):
         recipe(config)
+    assert not [one for one in gc.get_objects() if type(one) is Qwen2ForCausalLM], "it is kept after its stage"
 
 
 def test_every_setting_of_a_model_is_in_what_describes_its_stage(models, tmp_path):

@@ -43,7 +43,7 @@ class DiffusionGenerator:
         """
         try:
             pipeline = AutoPipelineForText2Image.from_pretrained(
-                self.found.folder, torch_dtype=torch.bfloat16, use_safetensors=True
+                self.found.folder, dtype=torch.bfloat16, use_safetensors=True
             ).to(self.device)
         except (ValueError, OSError, AttributeError) as error:
             raise Refusal(

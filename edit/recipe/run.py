@@ -1,9 +1,11 @@
 """``recipe``: all stages in order, each with its own model, resumed where a run was interrupted."""
 
 import fcntl
+import gc
 import hashlib
 import json
 import os
+import shlex
 import shutil
 import time
 from collections import Counter
@@ -81,7 +83,8 @@ class Workshop:
     def __enter__(self) -> Self:
         if self.out.exists() and not self.out.is_dir():
             raise Refusal(f"--out {self.out} is a file: give a folder")
-        if self.out.is_dir() and any(self.out.iterdir()) and not (self.out / LABEL).exists():
+        there = {path.name for path in self.out.iterdir()} if self.out.is_dir() else set()
+        if there - {f"{LABEL}{UNFINISHED}"} and LABEL not in there:
             raise Refusal(f"--out {self.out} holds files that are no recipe's: give another folder")
         self.out.mkdir(parents=True, exist_ok=True)
         self._folder = os.open(self.out, os.O_RDONLY | os.O_DIRECTORY)
@@ -144,6 +147,9 @@ def run_stage(place: int, stage: Stage, samples: Sequence[Sample], shelf: Shelf,
             drawn = np.random.SeedSequence([config.seed, sample.number, place]).generate_state(1)[0]
             made, aside = attempt(work, Given(sample.number, int(drawn), sample.told, sample.files))
             advance(sample, stage.name, shelf.keep(stage.name, sample.number, sample.fingerprint, made, aside))
+        # The next stage's model may need all the memory that this one had.
+        del work
+        gc.collect()
     passed = sum(sample.aside is None for sample in going)
     return Passed(stage.name, passed, len(left), time.perf_counter() - began)
 
@@ -227,7 +233,7 @@ def finish(config: RecipeConfig, out: Path, samples: Sequence[Sample], described
         "set_aside": set_aside(samples),
         "boxes": found,
         "boxes_of_person": compare([one.told["box"] for one in kept], [one.final for one in kept]),
-        "review": f"python -m extract.review --store {path} --data {data}",
+        "review": shlex.join(["python", "-m", "extract.review", "--store", str(path), "--data", str(data)]),
     }
 
 

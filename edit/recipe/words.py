@@ -1,6 +1,7 @@
 """A language model that writes prompts, and a vision-language model that says by position what was edited."""
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -47,49 +48,55 @@ NO_PAIR = "the writer gave no scene and edit as JSON"
 NO_CAPTION, CUT_CAPTION = "the captioner said nothing", f"the caption is unfinished after {LONGEST} tokens"
 
 
+Complete = Callable[[str, str, int], str]
+"""The answer to a system prompt and a question, drawn by a seed."""
+
+
 class TextEndpoint(Protocol):
     """Somebody who answers in words."""
 
     def describe(self) -> dict[str, Any]:
         """What decides the answers, JSON-able."""
 
-    def open(self) -> None:
-        """Get ready to answer."""
-
-    def complete(self, system: str, user: str, seed: int) -> str:
-        """The answer to one question."""
+    def open(self) -> Complete:
+        """Ready to answer."""
 
 
+@dataclass(frozen=True)
 class LocalText:
-    """A language model run here, sampling at temperature 0.9."""
+    """A language model run here, sampling at temperature 0.9, in its own chat format where it has one."""
 
-    def __init__(self, found: Checkpoint, device: torch.device):
-        self.found, self.device = found, device
+    found: Checkpoint
+    device: torch.device
 
     def describe(self) -> dict[str, Any]:
         """Its files and how it is sampled."""
         return {"model": self.found.identity, "temperature": WRITER_TEMPERATURE, "longest": LONGEST}
 
-    def open(self) -> None:
-        """Load the weights."""
-        self.tokenizer = AutoTokenizer.from_pretrained(self.found.folder)
+    def open(self) -> Complete:
+        """The model on its device."""
+        tokenizer = AutoTokenizer.from_pretrained(self.found.folder)
         made = AutoModelForCausalLM.from_pretrained(self.found.folder, dtype=torch.bfloat16, use_safetensors=True)
-        self.model = made.to(self.device).eval()
+        model = made.to(self.device).eval()
 
-    def complete(self, system: str, user: str, seed: int) -> str:
-        """The answer, in the model's own chat format where it has one."""
-        if self.tokenizer.chat_template:
-            messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
-            text = self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
-            inputs = self.tokenizer(text, add_special_tokens=False, return_tensors="pt")
-        else:
-            inputs = self.tokenizer(f"{system}\n\n{user}\n\n", return_tensors="pt")
-        return sample(self.model, dict(inputs), self.tokenizer, seed, WRITER_TEMPERATURE)[0]
+        def complete(system: str, user: str, seed: int) -> str:
+            if tokenizer.chat_template:
+                messages = [{"role": "system", "content": system}, {"role": "user", "content": user}]
+                text = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+                inputs = tokenizer(text, add_special_tokens=False, return_tensors="pt")
+            else:
+                inputs = tokenizer(f"{system}\n\n{user}\n\n", return_tensors="pt")
+            return sample(model, dict(inputs), tokenizer, seed, WRITER_TEMPERATURE)[0]
+
+        return complete
 
 
 @dataclass(frozen=True)
 class LanguageWriter:
-    """Pairs of prompts by somebody who answers in words; how many objects and their layout are drawn for each."""
+    """Pairs of prompts by somebody who answers in words; how many objects and their layout are drawn for each.
+
+    It tells ``scene``, ``edit`` and ``task``; an answer that is no such pair is a bad sample.
+    """
 
     endpoint: TextEndpoint
 
@@ -99,22 +106,23 @@ class LanguageWriter:
 
     def load(self) -> Work:
         """The endpoint, ready."""
-        self.endpoint.open()
-        return self.write
+        complete = self.endpoint.open()
 
-    def write(self, given: Given) -> Made:
-        """``scene``, ``edit`` and ``task`` (raises `BadSample` where the answer is no such pair)."""
-        rng = np.random.default_rng(given.seed)
-        count, layout = NUMBERS[rng.integers(4, 10)], list(WORDS.values())[rng.integers(len(WORDS))]
-        answer = self.endpoint.complete(WRITER_SYSTEM, WRITER_ASK.format(count=count, layout=layout), given.seed)
-        return Made(pair_of(answer) | {"task": WRITER_TASK})
+        def write(given: Given) -> Made:
+            rng = np.random.default_rng(given.seed)
+            count, layout = NUMBERS[rng.integers(4, 10)], list(WORDS.values())[rng.integers(len(WORDS))]
+            answer = complete(WRITER_SYSTEM, WRITER_ASK.format(count=count, layout=layout), given.seed)
+            return Made(pair_of(answer) | {"task": WRITER_TASK})
+
+        return write
 
 
 def pair_of(answer: str) -> dict[str, str]:
     """The first JSON object of an answer, which has the texts ``scene`` and ``edit`` (raises `BadSample`)."""
     try:
         found, _ = json.JSONDecoder().raw_decode(answer[answer.index("{") :])
-        pair = {name: found[name].strip() for name in ("scene", "edit")}
+        # Of half a character, which JSON allows, no file can be made.
+        pair = {name: found[name].strip().encode().decode() for name in ("scene", "edit")}
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pair = {}
     if not pair or not all(pair.values()):
