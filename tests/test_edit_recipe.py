@@ -208,7 +208,8 @@ def test_more_samples_are_added_to_those_that_are_there(copied, exact):
 
 @pytest.mark.parametrize("damage", ["picture", "record", "half a folder"])
 def test_a_damaged_result_is_made_again(copied, exact, damage):
-    folder = copied / "stages" / "harmonize" / "000004"
+    name = "stages/harmonize/000004"
+    folder = copied / name
     if damage == "picture":
         path = folder / "harmonized.png"
         path.write_bytes(path.read_bytes()[:-20])
@@ -218,6 +219,8 @@ def test_a_damaged_result_is_made_again(copied, exact, damage):
         folder.rename(folder.with_name("000004.partial"))
     recipe(RecipeConfig(copied, samples=N, **EXACT))
     assert products(copied) == products(exact)
+    made = [{path.name: path.read_bytes() for path in (run / name).iterdir()} for run in (copied, exact)]
+    assert made[0] == made[1]
     assert not list(copied.rglob("*.partial"))
 
 
@@ -333,8 +336,11 @@ def test_what_a_person_accepted_or_fixed_is_the_verified_set(copied, tmp_path, c
     recipe(config)
     summary = json.loads(capsys.readouterr().out)
     assert summary["verdicts"] == {"accepted": 1, "fixed": 1, "rejected": 1}
-    assert summary["boxes_of_person"]["n"] == 2
     boxes = [sample.box for sample in read(copied / "dataset")]
+    across, down = (max(0, min(boxes[3][i + 2], fixed[i + 2]) - max(boxes[3][i], fixed[i])) for i in (0, 1))
+    areas = sum((box[2] - box[0]) * (box[3] - box[1]) for box in (boxes[3], fixed))
+    assert summary["boxes_of_person"]["n"] == 2
+    assert summary["boxes_of_person"]["mean_iou"] == pytest.approx((1 + across * down / (areas - across * down)) / 2)
     assert [sample.box for sample in read(copied / "verified")] == [boxes[0], tuple(fixed)]
     rows = manifest(copied)
     assert rows["verdict"].to_list() == ["accepted", None, None, "fixed", "rejected"] + [None] * (N - 5)
