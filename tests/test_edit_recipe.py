@@ -37,7 +37,8 @@ EXACT = {"boxer": "scenes", "device": "cpu"}
 
 def records(out, stage):
     """Inode and time of a stage's results: they change if one is written again."""
-    found = sorted((out / "stages" / stage).glob("*/record.json"))
+    # A folder that is still being written has another name.
+    found = sorted((out / "stages" / stage).glob(f"{'[0-9]' * 6}/record.json"))
     return [(path.parent.name, path.stat().st_ino, path.stat().st_mtime_ns) for path in found]
 
 
