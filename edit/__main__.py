@@ -1,6 +1,6 @@
 """Routes ``python -m edit``; each job's code is imported when it is asked for, so that ``--help`` stays instant."""
 
-from edit.config import EvaluateConfig, GapConfig, JudgeConfig, RunConfig, TrainConfig
+from edit.config import EvaluateConfig, GapConfig, JudgeConfig, RecipeConfig, RunConfig, TrainConfig
 from store.commandline import route
 
 
@@ -39,9 +39,16 @@ def judge(config: JudgeConfig) -> int | None:
     return judge(config)
 
 
+def recipe(config: RecipeConfig) -> int | None:
+    """`edit.recipe.run.recipe`"""
+    from edit.recipe.run import recipe
+
+    return recipe(config)
+
+
 if __name__ == "__main__":
     route(
         "python -m edit",
         "The recovered box steers an editor: LoRA, two-stage inference, scores.",
-        {"train": train, "run": run, "evaluate": evaluate, "gap": gap, "judge": judge},
+        {"train": train, "run": run, "evaluate": evaluate, "gap": gap, "judge": judge, "recipe": recipe},
     )

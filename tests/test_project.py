@@ -96,6 +96,7 @@ def test_data_flow_one_way_and_every_file_says_its_purpose(path):
         "edit evaluate",
         "edit gap",
         "edit judge",
+        "edit recipe",
         "edit.pocket vae",
     ],
 )
