@@ -94,7 +94,42 @@ class TrainConfig:
 
 
 @dataclass(frozen=True)
-class RunConfig:
+class StagesConfig:
+    """What edits in two stages: the VLM, the proxy, the editor and its LoRA, and how they are run."""
+
+    editor: str = POCKET
+    """The editor: pocket, a folder of a diffusers pipeline, or a hub id such as Qwen/Qwen-Image-Edit."""
+    lora: str | None = POCKET
+    """Folder of a LoRA that sees boxes, of `python -m edit train`; none edits without a box."""
+    proxy: str | None = POCKET
+    """Folder of a trained proxy that finds the box, of `python -m probes`; none where boxes are given."""
+    store: str | None = None
+    """Store that says how the VLM reads, where no proxy does."""
+    vlm: str | None = None
+    """Folder or hub id of the VLM's checkpoint, where it is not where it was when the proxy was trained."""
+    steps: int | None = None
+    """Denoising steps; the editor's own number if not given."""
+    noise_seed: int = 0
+    """Of the noise that the editor begins with."""
+    device: Literal["auto", "cuda", "cpu"] = "auto"
+    """Where all of it runs."""
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    """What the editor computes in."""
+    threads: int | None = None
+    """Torch threads on a CPU; torch's own choice where not given."""
+    json: bool = False
+    """Print one object instead of the summary."""
+
+    def __post_init__(self):
+        """Refuse numbers that make no sense."""
+        for name in ("steps", "threads", "samples", "limit", "max_new_tokens"):
+            value = getattr(self, name, None)
+            if value is not None and value < 1:
+                raise Refusal(f"--{name.replace('_', '-')} {value}: give 1 or more")
+
+
+@dataclass(frozen=True)
+class RunConfig(StagesConfig):
     """Edit pictures in two stages: one pass of the VLM conditions the editor, and the proxy finds the box in it.
 
     Of one picture (--picture, --instruction), a folder of pictures, each with its instruction in a text file of the
@@ -114,34 +149,13 @@ class RunConfig:
     """Samples of --data to edit."""
     out: Path = Path("runs/edited")
     """Folder for the edited pictures."""
-    editor: str = POCKET
-    """The editor: pocket, a folder of a diffusers pipeline, or a hub id such as Qwen/Qwen-Image-Edit."""
-    lora: str | None = POCKET
-    """Folder of a LoRA that sees boxes, of `python -m edit train`; none edits without a box."""
-    proxy: str | None = POCKET
-    """Folder of a trained proxy that finds the box, of `python -m probes`; none with --box."""
     box: tuple[float, float, float, float] | None = None
     """x1 y1 x2 y2 in pixels, for --picture, in the place of the proxy's."""
-    store: str | None = None
-    """Store that says how the VLM reads, where no proxy does."""
-    vlm: str | None = None
-    """Folder or hub id of the VLM's checkpoint, where it is not where it was when the proxy was trained."""
     conditioning: Conditioning = field(default_factory=Conditioning)
-    steps: int | None = None
-    """Denoising steps; the editor's own number if not given."""
-    seed: int = 0
-    """Of the noise that the editor begins with."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where all of it runs."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the editor computes in."""
-    threads: int | None = None
-    """Torch threads on a CPU; torch's own choice where not given."""
-    json: bool = False
-    """Print one object instead of the summary."""
 
     def __post_init__(self):
         """Refuse what does not go together."""
+        super().__post_init__()
         given = [name for name in ("picture", "folder", "data") if getattr(self, name) is not None]
         if len(given) != 1:
             raise Refusal(f"give one of --picture, --folder and --data; given: {', '.join(given) or 'none'}")
@@ -149,13 +163,10 @@ class RunConfig:
             raise Refusal("--picture and --instruction go together: say in words what to edit in it")
         if self.box is not None and self.picture is None:
             raise Refusal("--box is of one --picture")
-        for name in ("limit", "steps", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise Refusal(f"--{name} {getattr(self, name)}: give 1 or more")
 
 
 @dataclass(frozen=True)
-class EvaluateConfig:
+class EvaluateConfig(StagesConfig):
     """Edit the same held-out scenes by every conditioning and box, and score them beside the VLM's own answer.
 
     The scenes are drawn afresh from a seed, so their masks and their true targets are known: an exact judge says of
@@ -163,7 +174,7 @@ class EvaluateConfig:
     """
 
     out: Path = Path("runs/edit")
-    """Folder for pictures, scores.parquet, table.md, figures and the report."""
+    """Folder for pictures, scores.parquet, table.md and the items that `python -m edit judge` asks about."""
     samples: int = 200
     """Scenes."""
     seed: int = 90_001
@@ -175,44 +186,28 @@ class EvaluateConfig:
     --middle)."""
     middle: str | None = None
     """Layer of the method middle: the voted l*, by `python -m analysis layers`."""
-    editor: str = POCKET
-    """The editor: pocket, or a folder of a diffusers pipeline."""
-    lora: str = POCKET
-    """Folder of the LoRA that sees boxes."""
-    proxy: str = POCKET
-    """Folder of the proxy that finds the box."""
-    vlm: str | None = None
-    """Folder of the VLM's checkpoint, where it is not where it was when the proxy was trained."""
     lpips_trunk: str = "random"
     """A safetensors file with AlexNet's weights; random is no published metric and says so."""
-    steps: int | None = None
-    """Denoising steps; the editor's own number if not given."""
-    edit_seed: int = 0
-    """Of the noise that the editor begins with."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the editor computes in."""
-    threads: int | None = None
-    """Torch threads; torch's own choice where not given."""
-    json: bool = False
-    """Print one object instead of the table."""
 
     def __post_init__(self):
-        """Refuse numbers that make no sense."""
-        for name in ("samples", "steps", "threads"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise Refusal(f"--{name} {getattr(self, name)}: give 1 or more")
+        """Refuse what makes no sense."""
+        super().__post_init__()
         if "middle" in self.methods and self.middle is None:
             raise Refusal("--methods middle needs --middle, the layer: `python -m analysis layers` votes on it")
+        if self.lora is None or self.proxy is None:
+            raise Refusal("an evaluation compares boxes: give --lora and --proxy")
 
 
 @dataclass(frozen=True)
-class GapConfig:
+class GapConfig(StagesConfig):
     """The localization gap: where the VLM says the object is when it is asked, against where the editor edits.
 
     Both are boxes on the same pictures, and both are held against the true one: the VLM's answer, and the region in
     which the edited picture differs from its source (the largest one, with the editor's own shift and zoom undone).
     """
 
+    lora: str | None = None
+    """Folder of a LoRA: the gap that its boxes leave. None: that of the editor as it is."""
     data: str | None = None
     """Data in OmniEdit's columns with boxes (folder or hub id); hard scenes drawn from --seed if not given."""
     samples: int = 200
@@ -223,32 +218,8 @@ class GapConfig:
     """Of the scenes."""
     out: Path = Path("runs/gap")
     """Folder for edited pictures, gap.parquet and gap.json."""
-    editor: str = POCKET
-    """The editor: pocket, a folder of a diffusers pipeline, or a hub id."""
-    store: str | None = None
-    """Store that says how the VLM reads; as the pocket proxy's if not given."""
-    vlm: str | None = None
-    """Folder or hub id of the VLM's checkpoint, where it is not where it was when the store was made."""
-    steps: int | None = None
-    """Denoising steps; the editor's own number if not given."""
-    edit_seed: int = 0
-    """Of the noise that the editor begins with."""
     max_new_tokens: int = 400
     """Longest answer when asked for the box."""
-    device: Literal["auto", "cuda", "cpu"] = "auto"
-    """Where all of it runs."""
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    """What the editor computes in."""
-    threads: int | None = None
-    """Torch threads on a CPU; torch's own choice where not given."""
-    json: bool = False
-    """Print one object instead of the summary."""
-
-    def __post_init__(self):
-        """Refuse numbers that make no sense."""
-        for name in ("samples", "steps", "threads", "max_new_tokens"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
 
 
 @dataclass(frozen=True)

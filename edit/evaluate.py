@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from edit import run
 from edit.conditions import Conditioning
-from edit.config import EvaluateConfig, RunConfig
+from edit.config import EvaluateConfig
 from edit.editor import Editor
 from edit.scores import table
 from edit.scores.alignment import aligned
@@ -102,23 +102,11 @@ def evaluate(config: EvaluateConfig) -> int:
     perception = Perception(config.lpips_trunk)
     held = held_out(config.samples, config.seed, config.difficulty)
     config.out.mkdir(parents=True, exist_ok=True)
-    asked = RunConfig(
-        data="",
-        out=config.out,
-        editor=config.editor,
-        lora=config.lora,
-        proxy=config.proxy,
-        vlm=config.vlm,
-        steps=config.steps,
-        seed=config.edit_seed,
-        dtype=config.dtype,
-        threads=config.threads,
-    )
-    stages = run.load_stages(asked)
+    stages = run.load_stages(config)
     write_items(config, methods, held)
     scores = standalone(stages, held)
     for name in methods:
-        scores += by_method(config, asked, stages, name, held, perception)
+        scores += by_method(config, stages, name, held, perception)
     frame = pl.DataFrame(
         scores,
         orient="row",
@@ -126,7 +114,9 @@ def evaluate(config: EvaluateConfig) -> int:
     )
     frame.write_parquet(config.out / "scores.parquet")
     summary, compared = table.summary(frame, SHARES), table.comparisons(frame, REFERENCE, SHARES)
-    text = table.markdown(summary, compared)
+    told = "\n".join(f"* {name}: {METHODS[name].about}" for name in methods)
+    head = f"{len(held)} {config.difficulty} scenes of seed {config.seed}."
+    text = "\n\n".join((head, table.markdown(summary, compared), told)) + "\n"
     (config.out / "table.md").write_text(text)
     if config.json:
         print(json.dumps({"n": len(held), "summary": summary.to_dicts(), "comparisons": compared.to_dicts()}))
@@ -176,15 +166,15 @@ def is_right(box: Sequence[float] | None, row: Mapping[str, Any]) -> bool:
 
 
 def by_method(
-    config: EvaluateConfig, asked: RunConfig, stages: TwoStage, name: str, held: Sequence[Held], perception: Perception
-) -> Iterator[tuple]:
+    config: EvaluateConfig, stages: TwoStage, name: str, held: Sequence[Held], perception: Perception
+) -> list[tuple]:
     """Scores of one method, a row a scene and metric; pictures go to ``pictures/<method>``."""
     method = METHODS[name]
     way = Conditioning(method.way, config.middle if method.way == "middle" else None)
     ours = replace(stages, conditioning=way, overlay=None if method.box == "none" else stages.overlay)
     out = config.out / "pictures" / name
     out.mkdir(parents=True, exist_ok=True)
-    settings = run.settings_of(replace(asked, conditioning=way), ours) | {"method": name}
+    settings = run.settings_of(config, ours) | {"method": name}
     rows, began, made = [], time.perf_counter(), 0
     with stages.without_lora(method.box == "none"):
         for one in tqdm(held, unit="picture", desc=name):
@@ -209,7 +199,7 @@ def edited(stages: TwoStage, name: str, one: Held, config: EvaluateConfig) -> tu
     if name == "unedited":
         return through(stages.editor, one.picture), None
     box = {"true": one.row["box"], "wrong": one.other_box}.get(METHODS[name].box)
-    found = stages(one.picture, one.instruction, config.edit_seed, box, config.steps)
+    found = stages(one.picture, one.instruction, config.noise_seed, box, config.steps)
     return found.picture, found.box
 
 

@@ -14,7 +14,7 @@ from torchvision.ops import box_iou
 from tqdm import tqdm
 
 from edit import run
-from edit.config import GapConfig, RunConfig
+from edit.config import GapConfig
 from edit.evaluate import held_out
 from edit.scores.alignment import NotFound, Place, estimate, undo
 from edit.scores.outside import pixels_of
@@ -49,25 +49,11 @@ def gap(config: GapConfig) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     config.out.mkdir(parents=True, exist_ok=True)
-    asked = RunConfig(
-        data="",
-        out=config.out,
-        editor=config.editor,
-        lora=None,
-        proxy=None,
-        store=config.store,
-        vlm=config.vlm,
-        steps=config.steps,
-        seed=config.edit_seed,
-        device=config.device,
-        dtype=config.dtype,
-        threads=config.threads,
-    )
-    stages = run.load_stages(asked)
+    stages = run.load_stages(config)
     encoder = stages.encoder
     conditioner = Conditioner(encoder.conditioner.processor, GROUND_TEMPLATE, "mrope", encoder.model.config)
     rows, aside = [], {}
-    settings = run.settings_of(asked, stages)
+    settings = run.settings_of(config, stages)
     for one in tqdm(pictures(config), total=config.samples, unit="picture", desc="gap"):
         if isinstance(one, SetAside):
             aside[one.sample_id or str(one.place)] = one.reason
@@ -75,7 +61,7 @@ def gap(config: GapConfig) -> int:
         wanted = settings | {"name": one.name, "instruction": one.instruction}
         try:
             if not run.is_there(config.out, one.name, wanted):
-                made = stages(one.picture, one.instruction, config.edit_seed, steps=config.steps)
+                made = stages(one.picture, one.instruction, config.noise_seed, steps=config.steps)
                 run.write(config.out, one.name, made.picture, wanted)
             pair = [(one.picture, one.instruction)]
             (answer,) = generate_boxes(encoder.model, conditioner, pair, config.max_new_tokens)

@@ -15,7 +15,8 @@ from tqdm import tqdm
 
 import probes
 import store
-from edit.config import POCKET, POCKET_LORA, POCKET_PROXY, RunConfig
+from edit.conditions import Conditioning
+from edit.config import POCKET, POCKET_LORA, POCKET_PROXY, RunConfig, StagesConfig
 from edit.editor import Editor
 from edit.stages import TwoStage
 from extract.encoder import Encoder
@@ -40,9 +41,9 @@ def run(config: RunConfig) -> int:
     if config.threads:
         torch.set_num_threads(config.threads)
     jobs = list(jobs_of(config))
-    stages = load_stages(config)
+    stages = load_stages(config, config.conditioning, finds=config.box is None)
     config.out.mkdir(parents=True, exist_ok=True)
-    settings = settings_of(config, stages)
+    settings = settings_of(config, stages) | {"given_box": config.box}
     done, aside, kept = 0, {}, 0
     began = time.perf_counter()
     for job in tqdm(jobs, unit="picture", desc="edit", disable=len(jobs) < 2):
@@ -57,7 +58,7 @@ def run(config: RunConfig) -> int:
             kept += 1
             continue
         try:
-            edited = stages(decode(job.picture), job.instruction, config.seed, config.box, config.steps)
+            edited = stages(decode(job.picture), job.instruction, config.noise_seed, config.box, config.steps)
         except (BadSample, Refusal) as error:
             aside[job.name] = str(error)
             continue
@@ -97,11 +98,11 @@ def jobs_of(config: RunConfig) -> Iterator[Job | SetAside]:
             yield sample if isinstance(sample, SetAside) else Job(sample.sample_id, sample.source, sample.instruction)
 
 
-def load_stages(config: RunConfig) -> TwoStage:
-    """The VLM, the proxy and the editor that are asked for."""
+def load_stages(config: StagesConfig, conditioning: Conditioning | None = None, finds: bool = True) -> TwoStage:
+    """The VLM, the editor with its LoRA, and the proxy if boxes are to be found."""
     device = find_device(config.device)
     proxy = None
-    if config.proxy is not None and config.lora is not None and config.box is None:
+    if finds and config.proxy is not None and config.lora is not None:
         proxy = probes.load(POCKET_PROXY if config.proxy == POCKET else config.proxy)
     if proxy is not None:
         encoder = proxy.encoder(config.vlm)
@@ -110,24 +111,23 @@ def load_stages(config: RunConfig) -> TwoStage:
     else:
         encoder = probes.load(POCKET_PROXY).encoder(config.vlm)
     editor = Editor.load(config.editor, getattr(torch, config.dtype), device)
-    stages = TwoStage(encoder, editor, config.conditioning, proxy)
+    stages = TwoStage(encoder, editor, conditioning or Conditioning(), proxy)
     if config.lora is None:
         return stages
     return stages.with_lora(POCKET_LORA if config.lora == POCKET else Path(config.lora))
 
 
-def settings_of(config: RunConfig, stages: TwoStage) -> dict[str, Any]:
-    """All that determines an edited picture but the picture and its instruction."""
+def settings_of(config: StagesConfig, stages: TwoStage) -> dict[str, Any]:
+    """All that determines an edited picture but the picture, its instruction and a given box."""
     return {
         "editor": config.editor,
         "working": asdict(stages.editor.settings),
-        "lora": config.lora,
+        "lora": config.lora if stages.overlay else None,
         "overlay": stages.overlay.as_dict() if stages.overlay else None,
         "proxy": stages.proxy.hash if stages.proxy else None,
-        "given_box": config.box,
-        "conditioning": asdict(config.conditioning),
+        "conditioning": asdict(stages.conditioning),
         "steps": config.steps or stages.editor.settings.steps,
-        "seed": config.seed,
+        "noise_seed": config.noise_seed,
         "dtype": config.dtype,
     }
 

@@ -245,13 +245,16 @@ def test_a_folder_is_edited_each_picture_with_its_label_and_not_twice(given, pic
     label = json.loads((out / "a.json").read_text())
     assert Image.open(out / "a.png").size == picture.size and label["instruction"] == INSTRUCTION
     assert (
-        len(label["box"]) == 4 and label["seed"] == 0 and label["overlay"]["style"] == "frame" and label["steps"] == 1
+        len(label["box"]) == 4
+        and label["noise_seed"] == 0
+        and label["overlay"]["style"] == "frame"
+        and label["steps"] == 1
     )
     before = (out / "a.png").stat().st_mtime_ns
     (out / "b.json").unlink()
     again = json.loads(run_here(*given, "--folder", folder, "--out", out, "--json").stdout)
     assert again["edited"] == 1 and again["kept"] == 1 and (out / "a.png").stat().st_mtime_ns == before
-    other = json.loads(run_here(*given, "--folder", folder, "--out", out, "--seed", "5", "--json").stdout)
+    other = json.loads(run_here(*given, "--folder", folder, "--out", out, "--noise-seed", "5", "--json").stdout)
     assert other["edited"] == 2
 
 

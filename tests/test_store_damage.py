@@ -173,6 +173,13 @@ def test_damage_to_several_files_at_once_is_found_named_and_mended(whole, names,
     check(whole, tmp_path, damages)
 
 
+@pytest.mark.parametrize("damage", [ONE_BYTE, HALF, ALL])
+@pytest.mark.parametrize("kind", ["samples", "set_aside"])
+def test_a_damaged_table_of_the_plan_hides_no_other_damage(whole, names, tmp_path, kind, damage):
+    table = next(name for name in names if name.startswith(f"record/{kind}-"))
+    check(whole, tmp_path, [("attention/layer/c/0", ONE_BYTE, 0.0), (table, damage, 0.4)])
+
+
 @pytest.mark.parametrize("name", ["plan.json", "samples", "set_aside"])
 def test_a_file_whose_copy_is_damaged_too_cannot_be_mended_and_that_is_said(whole, names, tmp_path, name):
     path = Path(shutil.copytree(whole, tmp_path / "damaged"))
