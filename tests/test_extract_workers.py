@@ -120,6 +120,7 @@ def test_a_dask_cluster_of_processes_gives_the_store_of_one(config, alone, tmp_p
     assert "pass" in said[0]
 
 
+@pytest.mark.slow
 def test_a_dask_worker_that_is_killed_loses_nothing_and_what_is_refused_is_said(config, alone, tmp_path):
     path, contact = tmp_path / "s.zarr", tmp_path / "scheduler.json"
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
