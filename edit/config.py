@@ -64,7 +64,7 @@ class TrainConfig:
     average: float = 0.0
     """Decay of a moving average of the weights, which is what is kept; 0 keeps the weights themselves."""
     base: Literal["bfloat16", "float32", "fp8", "nf4"] = "bfloat16"
-    """How frozen weights are held: fp8 and nf4 fit 24-GB cards (nf4 needs bitsandbytes)."""
+    """How frozen weights are held: fp8 and nf4 fit 24-GB cards (nf4 needs CUDA and bitsandbytes)."""
     gradient_checkpointing: bool = True
     """Compute activations again on the way back instead of keeping them."""
     checkpoint_every: int = 250

@@ -12,11 +12,12 @@ import types
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Self
 
 import torch
-from diffusers import QwenImageEditPipeline
+from diffusers import BitsAndBytesConfig, QwenImageEditPipeline, QwenImageTransformer2DModel
 from PIL import Image
 
 from edit.config import POCKET, POCKET_WEIGHTS
@@ -91,19 +92,26 @@ class Editor:
     settings: Settings
 
     @classmethod
-    def load(cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu") -> Self:
+    def load(
+        cls, folder: str | Path, dtype: torch.dtype = torch.bfloat16, device: str = "cpu", nf4: bool = False
+    ) -> Self:
         """The editor in a folder, of a hub id, or ``pocket``.
 
-        It comes without its text encoder: `extract.Encoder` does that work.
+        It comes without its text encoder: `extract.Encoder` does that work. With ``nf4`` the transformer's weights are
+        held in four bits (bitsandbytes).
 
         Raises
         ------
         Refusal
-            There is none, or it cannot be loaded from safetensors.
+            There is none, it cannot be loaded from safetensors, or bitsandbytes is needed and not installed.
         """
         folder = POCKET_WEIGHTS if folder == POCKET else folder
         parts = dict.fromkeys(("text_encoder", "tokenizer", "processor"))
+        if nf4 and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
+            raise Refusal("weights in nf4 need a CUDA device and bitsandbytes (pip install bitsandbytes): or take fp8")
         try:
+            if nf4:
+                parts["transformer"] = _in_nf4(folder, dtype)
             pipeline = QwenImageEditPipeline.from_pretrained(folder, dtype=dtype, use_safetensors=True, **parts)
         except (OSError, ValueError) as error:
             first = str(error).strip().splitlines()[0]
@@ -160,6 +168,13 @@ class Editor:
             generator=torch.Generator("cpu").manual_seed(seed),
         ).images[0]
         return made.resize(picture.size, Image.Resampling.LANCZOS)
+
+
+def _in_nf4(folder: str | Path, dtype: torch.dtype) -> QwenImageTransformer2DModel:
+    about = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return QwenImageTransformer2DModel.from_pretrained(
+        folder, subfolder="transformer", quantization_config=about, dtype=dtype, use_safetensors=True
+    )
 
 
 def pack(latents: torch.Tensor) -> torch.Tensor:

@@ -230,7 +230,7 @@ def train(config: TrainConfig) -> None:
     training, held_out = choose(opened, config)
     pairs = Pairs(opened, config.data)
     overlay = config.overlay if config.train == "lora" else None
-    editor = Editor.load(config.editor, held_as(config), accelerator.device)
+    editor = Editor.load(config.editor, held_as(config), accelerator.device, nf4=config.base == "nf4")
     kept, ranks = {}, (accelerator.process_index, accelerator.num_processes)
     for name, samples in (("train", training), ("test", held_out)):
         where = config.out / "latents"

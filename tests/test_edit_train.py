@@ -269,6 +269,15 @@ def test_a_checkpoint_of_other_settings_is_refused(config, trained, tmp_path):
         train(at(config, tmp_path, rank=3))
 
 
+def test_four_bits_need_a_gpu_and_say_so(config, tmp_path):
+    if not torch.cuda.is_available():
+        with pytest.raises(Refusal, match="nf4 need a CUDA device"):
+            train(at(config, tmp_path, base="nf4"))
+        return
+    train(at(config, tmp_path, base="nf4", steps=2))
+    assert (tmp_path / training.LORA_WEIGHTS).is_file()
+
+
 @pytest.mark.parametrize("base", ["fp8", "float32"])
 def test_frozen_weights_may_be_held_otherwise(config, tmp_path, base):
     train(at(config, tmp_path, base=base, steps=2))
