@@ -37,6 +37,8 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Where the adapters go: the picture stream's attention of every block [ABP, appendix]."""
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 LORA_SETTINGS = "lora.json"
+AHEAD = 4
+"""Batches that are read while a GPU is at work."""
 VALIDATION_RANK = 1 << 20
 """Draws of noise for validation are those of a process that there never is."""
 LOSS_SAMPLES = 8
@@ -86,13 +88,20 @@ class Batches:
             batches += [members[i : i + self.across] for i in range(0, len(members) - self.across + 1, self.across)]
         return [batches[place].tolist() for place in rng.permutation(len(batches))]
 
-    def __call__(self, start: int, stop: int) -> Iterator[Batch]:
-        """Batches ``start`` to ``stop``, read ahead of their use."""
+    def __call__(self, start: int, stop: int, ahead: int = 0) -> Iterator[Batch]:
+        """Batches ``start`` to ``stop``, so many read ahead of their use.
+
+        On a CPU none should be: whoever reads would take turns with the threads that compute, at twice the time.
+        """
         with ThreadPoolExecutor(2, "batches") as pool:
             coming = []
             for samples in self._order(start, stop):
-                coming.append(pool.submit(self.read, samples[self.rank :: self.ranks]))
-                if len(coming) > 4:
+                own = samples[self.rank :: self.ranks]
+                if not ahead:
+                    yield self.read(own)
+                    continue
+                coming.append(pool.submit(self.read, own))
+                if len(coming) > ahead:
                     yield coming.pop(0).result()
             for future in coming:
                 yield future.result()
@@ -261,7 +270,11 @@ def train(config: TrainConfig) -> None:
     validation = Validation(config, kept["test"], states, editor, pairs, overlay)
     began, losses = time.time(), []
     bar = tqdm(
-        batches(start * config.accumulate, config.steps * config.accumulate),
+        batches(
+            start * config.accumulate,
+            config.steps * config.accumulate,
+            ahead=0 if accelerator.device.type == "cpu" else AHEAD,
+        ),
         initial=start * config.accumulate,
         total=config.steps * config.accumulate,
         unit="batch",

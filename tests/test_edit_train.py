@@ -329,6 +329,7 @@ def test_batches_are_of_one_size_and_every_epoch_has_each_sample_once(study, con
     whole = list(batches(0, 3))
     for number, batch in enumerate(whole):
         assert torch.equal(batch.target, torch.cat([half[number].target for half in halves]))
+    assert all(torch.equal(a.states, b.states) for a, b in zip(whole, batches(0, 3, ahead=2), strict=True))
     later = next(iter(batches(2, 3)))
     assert torch.equal(later.source, whole[2].source)
 
