@@ -8,6 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from extract.pocket.train import optimizer_tensors, restore_optimizers
 from store.errors import Refusal
 
 
@@ -21,9 +22,7 @@ def save_checkpoint(
     """Write all that going on needs; an interrupted write leaves the one before."""
     tensors = {f"weight.{index}": value.detach() for index, value in enumerate(parameters)}
     tensors |= {f"average.{index}": value for index, value in enumerate(average)}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{name}": torch.as_tensor(v) for name, v in state.items()}
+    tensors |= optimizer_tensors(optimizers)
     unfinished = path.with_suffix(".partial")
     save_file({name: value.contiguous().clone() for name, value in tensors.items()}, unfinished, {"step": str(step)})
     unfinished.replace(path)
@@ -52,12 +51,6 @@ def load_checkpoint(
                 if found is None or found.shape != place.shape:
                     raise Refusal(f"{path} is of a training with other settings: remove it, or give another --out")
                 place.copy_(found)
-    for number, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        for name, value in tensors.items():
-            if name.startswith(f"optimizer.{number}."):
-                index, key = name.split(".")[2:]
-                state["state"].setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict(state)
+    restore_optimizers(tensors, optimizers)
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])

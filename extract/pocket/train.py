@@ -11,6 +11,7 @@ import math
 import re
 import shutil
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -264,13 +265,32 @@ def teacher_forced_iou(model, teacher: Teacher, steps: range) -> list[float]:
     return found
 
 
+def optimizer_tensors(optimizers: Sequence[torch.optim.Optimizer]) -> dict[str, torch.Tensor]:
+    """The state of optimizers as named tensors, for a safetensors file."""
+    return {
+        f"optimizer.{number}.{index}.{name}": torch.as_tensor(value)
+        for number, optimizer in enumerate(optimizers)
+        for index, state in optimizer.state_dict()["state"].items()
+        for name, value in state.items()
+    }
+
+
+def restore_optimizers(tensors: Mapping[str, torch.Tensor], optimizers: Sequence[torch.optim.Optimizer]) -> None:
+    """Give optimizers the state that `optimizer_tensors` named; other tensors are passed over."""
+    for number, optimizer in enumerate(optimizers):
+        state = optimizer.state_dict()
+        for name, value in tensors.items():
+            if name.startswith(f"optimizer.{number}."):
+                index, key = name.split(".")[2:]
+                state["state"].setdefault(int(index), {})[key] = value
+        optimizer.load_state_dict(state)
+
+
 def save_checkpoint(folder: Path, step: int, model, tutor, optimizers) -> None:
     """Weights, tutor and optimizer state in one safetensors file, whole or not at all."""
     tensors = {f"model.{k}": v for k, v in model.state_dict().items() if k != "lm_head.weight"}
     tensors |= {f"tutor.{k}": v for k, v in tutor.state_dict().items()}
-    for number, optimizer in enumerate(optimizers):
-        for index, state in optimizer.state_dict()["state"].items():
-            tensors |= {f"optimizer.{number}.{index}.{k}": torch.as_tensor(v) for k, v in state.items()}
+    tensors |= optimizer_tensors(optimizers)
     unfinished = folder / "checkpoint.partial"
     save_file({k: v.contiguous().clone() for k, v in tensors.items()}, unfinished, {"step": str(step)})
     unfinished.replace(folder / "checkpoint.safetensors")
@@ -285,13 +305,7 @@ def load_checkpoint(folder: Path, model, tutor, optimizers) -> int:
     part = {p: {k.removeprefix(p): v for k, v in tensors.items() if k.startswith(p)} for p in ("model.", "tutor.")}
     model.load_state_dict(part["model."], strict=False)
     tutor.load_state_dict(part["tutor."])
-    for number, optimizer in enumerate(optimizers):
-        state = optimizer.state_dict()
-        for name, value in tensors.items():
-            if name.startswith(f"optimizer.{number}."):
-                index, key = name.split(".")[2:]
-                state["state"].setdefault(int(index), {})[key] = value
-        optimizer.load_state_dict(state)
+    restore_optimizers(tensors, optimizers)
     with safe_open(path, "pt") as file:
         return int(file.metadata()["step"])
 
