@@ -287,6 +287,13 @@ def test_a_command_that_makes_no_sense_is_refused(wrong, said):
         RunConfig(**wrong)
 
 
+def test_weights_that_are_not_there_are_refused_in_plain_words(picture, tmp_path, monkeypatch):
+    monkeypatch.setattr("edit.run.POCKET_PROXY", tmp_path / "proxy")
+    picture.save(tmp_path / "one.png")
+    done = run_here("edit", "run", "--picture", tmp_path / "one.png", "--instruction", INSTRUCTION, "--out", tmp_path)
+    assert done.returncode == 2 and "not shipped yet" in done.stderr and "docs/editing.md" in done.stderr
+
+
 def test_names_of_samples_become_names_of_files():
     from pathlib import Path
 
