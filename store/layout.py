@@ -308,7 +308,7 @@ def _is_laid_out(place: Place, parts: Sequence[Plan]) -> bool:
 def lay_out(place: Place, parts: Sequence[Plan]) -> None:
     """Write the Zarr metadata and coordinates, their checksums, and the root, which has a copy of it all, last."""
     found = metadata(parts, list(read_derived(place)))
-    sums = {name: (len(data), f"{crc32c_of(data):08x}") for name, data in sorted(found.items())}
+    sums = checksums(found)
     root = found.pop(METADATA)
     found[twin(PLAN_FILE)] = place.read(PLAN_FILE)
     for name, data in found.items():
@@ -317,6 +317,11 @@ def lay_out(place: Place, parts: Sequence[Plan]) -> None:
             place.write_whole(name, [data])
     place.write_whole(LAYOUT_FILE, [seal({"files": sums})])
     place.write_whole(METADATA, [root])
+
+
+def checksums(found: Mapping[str, bytes]) -> dict[str, tuple[int, str]]:
+    """Bytes and CRC32C of each of the files of ``metadata``, as ``LAYOUT_FILE`` keeps them."""
+    return {name: (len(data), f"{crc32c_of(data):08x}") for name, data in sorted(found.items())}
 
 
 def metadata(parts: Sequence[Plan], derived: Sequence["Derived"] = ()) -> dict[str, bytes]:

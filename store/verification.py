@@ -21,8 +21,10 @@ from store.layout import (
     METADATA,
     PLAN_FILE,
     Derived,
+    checksums,
     derived_members,
     format_version,
+    metadata,
     read_derived,
     read_plan,
     sample_labels,
@@ -167,7 +169,8 @@ def _layout_problems(store: Store) -> Iterator[str]:
         try:
             sums = unseal(place.read(LAYOUT_FILE))["files"]
         except (FileNotFoundError, Unsealed) as failure:
-            sums = {}
+            # What was laid out follows from the plan: the rest that is damaged is named all the same.
+            sums = checksums(metadata(store.parts, list(read_derived(place))))
             yield f"{LAYOUT_FILE}: {failure}"
         known = {METADATA, *derived_members(read_derived(place))}
         for member in sorted({name.split("/")[1] for name in sums if name.startswith("derived/")} - known):
