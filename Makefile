@@ -89,7 +89,7 @@ causes: attend ## Train proxies again without what attention chose, and say whet
 	$(RUN) -m analysis causes --store $(STORE_READ) --probes $(PROBES) --out $(ANALYSIS) --retrain $(ARGS)
 
 test: setup ## Run the tests (offline, under ten minutes on two cores)
-	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto
+	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto --dist worksteal
 
 test-slow: setup ## Run the minutes-long tests as well
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -m slow

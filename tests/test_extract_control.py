@@ -90,6 +90,7 @@ def test_an_ordinary_stores_identity_names_no_control(stores):
     assert "shown" not in stores["none"].samples.columns
 
 
+@pytest.mark.slow
 def test_random_weights_again_are_the_same_store_bit_for_bit(stores, config, tmp_path):
     torch.manual_seed(1234)  # nobody else's draws matter
     first, second = again(stores, config, "random-weights", tmp_path / "again.zarr", loaders=1)

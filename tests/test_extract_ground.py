@@ -69,6 +69,7 @@ def test_boxes_are_in_pixels_of_the_source_picture(boxes):
     assert summary["model"]["low"] > summary["centre_box"]["high"]
 
 
+@pytest.mark.slow
 def test_a_killed_run_goes_on_to_the_same_bytes(scenes, boxes, tmp_path, capsys):
     out = tmp_path / "boxes.parquet"
     given = [f"--{name.replace('_', '-')}={value}" for name, value in SETTINGS.items()]

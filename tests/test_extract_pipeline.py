@@ -300,6 +300,7 @@ def test_the_vision_tower_runs_once_a_batch(config, tmp_path):
     assert len(ran) == 2 + len(store.open(asked.store).runs[0]["checks"])
 
 
+@pytest.mark.slow
 def test_loaders_end_when_the_process_that_started_them_is_killed(config, tmp_path):
     command = [sys.executable, "-m", "extract", "--preset", "pocket", "--data", config.data, "--no-vlm-boxes"]
     command += ["--store", str(tmp_path / "s.zarr"), "--loaders", "2"]

@@ -67,6 +67,7 @@ def wait_for(what, seconds=180):
         time.sleep(0.02)
 
 
+@pytest.mark.slow
 def test_two_ranks_of_torchrun_share_the_blocks_and_give_the_store_of_one(config, alone, tmp_path):
     path = tmp_path / "s.zarr"
     ranks = [start(config, path, RANK=str(r), WORLD_SIZE="2", LOCAL_RANK=str(r)) for r in range(2)]

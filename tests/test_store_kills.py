@@ -468,7 +468,7 @@ def small_disk(tmp_path):
 def test_killed_at_random_moments_a_store_resumes_to_the_same_content_and_no_part_of_a_sample_is_seen(
     tmp_path, small_disk
 ):
-    print(Driver(tmp_path, 1, small_disk).run(8))
+    print(Driver(tmp_path, 1, small_disk).run(5))
 
 
 @pytest.mark.slow

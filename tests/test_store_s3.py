@@ -84,6 +84,7 @@ def test_stock_zarr_and_xarray_read_a_store_on_s3(local, s3):
     np.testing.assert_array_equal(group["hidden/text"][:], zarr.open_group(local, mode="r")["hidden/text"][:])
 
 
+@pytest.mark.slow
 def test_worker_processes_read_from_s3(s3):
     opened = store.open(synthetic_store(s3, plan_of()))
 
