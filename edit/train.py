@@ -5,6 +5,7 @@ Shape suffixes: b sample, t token, c channel.
 
 import json
 import math
+import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
@@ -15,6 +16,7 @@ import numpy as np
 import polars as pl
 import torch
 from accelerate import Accelerator
+from accelerate.utils import DistributedDataParallelKwargs
 from diffusers import QwenImageEditPipeline, QwenImageTransformer2DModel
 from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
@@ -233,7 +235,7 @@ def train(config: TrainConfig) -> None:
     """Train, go on from the last checkpoint, and write what `Editor.load` and stock diffusers read."""
     if config.threads:
         torch.set_num_threads(config.threads)
-    accelerator = Accelerator(gradient_accumulation_steps=config.accumulate)
+    accelerator = accelerate(config)
     opened = store.open(config.store)
     states = StoredStates(opened, [config.layer])
     training, held_out = choose(opened, config)
@@ -321,6 +323,19 @@ def train(config: TrainConfig) -> None:
         if average:
             average.exchange()
         write(config, opened, editor)
+
+
+def accelerate(config: TrainConfig) -> Accelerator:
+    """What joins the processes that train together; they are refused where they do not know of each other."""
+    # The text stream of the last block leads nowhere: its weights have no gradient, and several processes must know it.
+    unused = DistributedDataParallelKwargs(find_unused_parameters=config.train == "all")
+    accelerator = Accelerator(gradient_accumulation_steps=config.accumulate, kwargs_handlers=[unused])
+    started = int(os.environ.get("WORLD_SIZE", 1))
+    if started != accelerator.num_processes:
+        raise Refusal(
+            f"{started} processes were started and accelerate takes each to be alone: on CPUs, set ACCELERATE_USE_CPU=1"
+        )
+    return accelerator
 
 
 def mixed(config: TrainConfig, device: torch.device) -> torch.autocast:

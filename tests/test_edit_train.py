@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -408,3 +411,34 @@ def test_there_are_as_many_pairs_as_scenes(study):
     opened = store.open(study / "store.zarr")
     pairs = list(Pairs(opened, study / "scenes").read(range(SAMPLES)))
     assert all(pair.source.size == pair.target.size and pair.box is not None for pair in pairs)
+
+
+# Several processes
+
+
+def together(config, out, *more, **environment):
+    """Two processes that train, as `accelerate launch` starts them."""
+    given = {"store": config.store, "data": config.data, "editor": config.editor, "out": out, "steps": 4, "warmup": 1}
+    given |= {"checkpoint-every": 2, "validate-every": 2, "validation": 1, "threads": 1, "batch-size": 1}
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", "2", "-m", "edit", "train", *more]
+    command += [text for name, value in given.items() for text in (f"--{name}", str(value))]
+    return subprocess.run([sys.executable, *command], env=os.environ | environment, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("train", ["lora", "all"])
+def test_two_processes_train_one_editor(config, tmp_path, train):
+    out = tmp_path / "out"
+    done = together(config, out, "--train", train, ACCELERATE_USE_CPU="1")
+    assert done.returncode == 0, done.stderr[-2000:]
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    assert [line.get("step") for line in lines] == [None, 2, 4]
+    made = out / (training.LORA_WEIGHTS if train == "lora" else "transformer/diffusion_pytorch_model.safetensors")
+    assert all(value.isfinite().all() for value in load_file(made).values())
+
+
+@pytest.mark.slow
+def test_processes_that_do_not_know_of_each_other_are_refused(config, tmp_path):
+    done = together(config, tmp_path / "out")
+    assert done.returncode and "set ACCELERATE_USE_CPU=1" in done.stderr
+    assert not (tmp_path / "out" / "log.jsonl").exists()
