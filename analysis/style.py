@@ -1,6 +1,7 @@
 """One look for all figures: type, lines, layer colours that keep their order in grey and for every eye."""
 
 import io
+import itertools
 import json
 import platform
 import sys
@@ -14,6 +15,7 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 from store.places import write_file
 
@@ -92,6 +94,51 @@ def label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, Any]], siz
     for (height, label, colour), moved in zip(ends, heights, strict=True):
         axes.plot([x, x + step], [height, moved], color=colour, lw=0.6, clip_on=False)
         axes.text(x + step * 1.2, moved, label, color=INK, fontsize=size, va="center", clip_on=False)
+
+
+def label_points(
+    axes: Axes, points: Sequence[tuple[float, float, str]], avoid: Sequence[tuple[float, ...]] = (), size: float = 8
+) -> None:
+    """Write each label beside its point, where it covers no other label or point; a line leads to one further away.
+
+    ``points`` are (x, y, label), those that matter most first; ``avoid`` are further rectangles (x1, y1, x2, y2) that
+    are best left free, such as error bars. Call when the axis limits and the figure's size are final.
+    """
+    figure = axes.get_figure()
+    unit, renderer = figure.dpi / 72, figure.canvas.get_renderer()
+    place = axes.transData.transform
+    marks = [Bbox.from_bounds(*(place((x, y)) - 5 * unit), 10 * unit, 10 * unit) for x, y, _ in points]
+    bars = [Bbox(place([corners[:2], corners[2:]])).padded(1.5 * unit) for corners in avoid]
+    within, written = axes.get_window_extent(renderer), []
+
+    def cost(box: Bbox, away: float) -> float:
+        covered = sum(_shared(box, other) for other in (*marks, *written))
+        outside = box.width * box.height - _shared(box, within)
+        return 100 * (covered + outside) + 2 * sum(_shared(box, bar) for bar in bars) + away * unit**2
+
+    for x, y, label in points:
+        text = axes.annotate(label, (x, y), (0, 0), textcoords="offset points", va="bottom", fontsize=size)
+        extent = text.get_window_extent(renderer)
+        wide, high = extent.width, extent.height
+        found = []
+        for away, turn in itertools.product((8, 13, 20, 30, 42, 56), np.arange(0, 2 * np.pi, np.pi / 8)):
+            right, up = np.cos(turn), np.sin(turn)
+            centre = place((x, y)) + away * unit * np.array([right, up]) + np.array([right * wide, up * high]) / 2
+            box = Bbox.from_bounds(*(centre - np.array([wide, high]) / 2), wide, high)
+            found.append((cost(box, away), away, box))
+        _, away, box = min(found, key=lambda one: one[0])
+        written.append(box.padded(unit))
+        text.set_position(tuple((np.array([box.x0, box.y0]) - place((x, y))) / unit))
+        if away > 13:
+            nearest = np.clip(place((x, y)), [box.x0, box.y0], [box.x1, box.y1])
+            ends = axes.transData.inverted().transform([place((x, y)), nearest])
+            axes.plot(*ends.T, color=QUIET, lw=0.6, zorder=1)
+
+
+def _shared(one: Bbox, other: Bbox) -> float:
+    """Area that two boxes have in common."""
+    both = Bbox.intersection(one, other)
+    return 0.0 if both is None else both.width * both.height
 
 
 def save(figure: Figure, out: Path, name: str, data: pl.DataFrame, making: Mapping[str, Any]) -> list[Path]:
