@@ -45,8 +45,13 @@ class Evaluation:
     """By sample and method: what a picture was made by, with its box."""
     aside: dict[str, str]
     """Pictures that are not shown, and why."""
-    judges: tuple[str, ...]
-    """Names of the files of verdicts."""
+    verdicts: tuple[Path, ...]
+    """Files of judges, who are named by them."""
+
+    @property
+    def judges(self) -> list[str]:
+        """Their names."""
+        return [path.stem for path in self.verdicts]
 
     @property
     def methods(self) -> list[str]:
@@ -84,7 +89,8 @@ class Evaluation:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of the tables."""
-        return {name: hashlib.sha256((self.out / name).read_bytes()).hexdigest() for name in (ITEMS, SCORES)}
+        files = {name: self.out / name for name in (ITEMS, SCORES)} | {path.name: path for path in self.verdicts}
+        return {name: hashlib.sha256(path.read_bytes()).hexdigest() for name, path in files.items()}
 
 
 def read(out: Path, verdicts: Sequence[Path] = ()) -> Evaluation:
@@ -111,7 +117,7 @@ def read(out: Path, verdicts: Sequence[Path] = ()) -> Evaluation:
             f"{out / SCORES} scores sample {sample!r} by method {method!r}, which {ITEMS} does not have: they are of "
             "different evaluations, run `python -m edit evaluate` again (what is edited is kept)"
         )
-    names = tuple(path.stem for path in verdicts)
+    names = [path.stem for path in verdicts]
     if len(set(names)) < len(names):
         raise Refusal(
             f"--verdicts: two files are called {max(names, key=names.count)}: judges are named by their files"
@@ -128,7 +134,7 @@ def read(out: Path, verdicts: Sequence[Path] = ()) -> Evaluation:
         if not (out / within(out, source)).is_file():
             aside[source] = "it is not there"
     scores = pl.concat([scores.select(pl.col(*COLUMNS[:3]), pl.col("value").cast(pl.Float64)), *judged])
-    return Evaluation(out, _about(out / ABOUT), items, scores, labels, aside, names)
+    return Evaluation(out, _about(out / ABOUT), items, scores, labels, aside, tuple(verdicts))
 
 
 def _table(path: Path, columns: dict[str, Any]) -> pl.DataFrame:

@@ -15,7 +15,10 @@ from edit.methods import METHODS, REFERENCE, STANDALONE, SUCCESS
 from edit.scores.closing import TRUE
 from probes import statistics
 
+UNEDITED = "unedited"
 MARKERS = dict(zip(METHODS, "os^vD*Xp", strict=True))
+GLYPHS = dict(zip(METHODS, "●■▲▼◆★✖⬟", strict=True))
+"""The markers as text."""
 L2 = "L2"
 GROUPS = 3
 """Groups of scenes by their number of objects, of about equal size."""
@@ -23,8 +26,8 @@ GROUPS = 3
 
 def look(method: str) -> dict[str, Any]:
     """Colour and marker of a method: ours in the one colour that stands out, the true box in ink."""
-    others = [name for name in METHODS if name not in (REFERENCE, TRUE)]
-    colours = style.layer_colours(others) | {REFERENCE: style.ACCENT, TRUE: style.INK}
+    others = [name for name in METHODS if name not in (REFERENCE, TRUE)]  # the last, and palest, is no method
+    colours = style.layer_colours(others) | {REFERENCE: style.ACCENT, TRUE: style.INK, UNEDITED: style.QUIET}
     return {"color": colours.get(method, style.QUIET), "marker": MARKERS.get(method, "h")}
 
 
@@ -60,7 +63,7 @@ def _panel(axes: Axes, points: pl.DataFrame, damage: str, metric: str) -> None:
     both = [name for name in across if name in up]
     labels, bars = [], []
     for name in both:
-        (x, *ends_x), (y, *ends_y) = ((one[name][key] for key in ("mean", "low", "high")) for one in (across, up))
+        (x, *ends_x), (y, *ends_y) = ([one[name][key] for key in ("mean", "low", "high")] for one in (across, up))
         colour = look(name)["color"]
         for ends, line, flat in ((ends_x, axes.hlines, y), (ends_y, axes.vlines, x)):
             if None not in ends:
@@ -122,11 +125,11 @@ def by_objects(counts: pl.Series) -> pl.Series:
 
 
 def strata_figure(found: pl.DataFrame, out: Path, making: dict[str, Any]) -> Drawn:
-    """Success by task and by number of objects, a line a method with 95 % intervals; the files ``success-strata``."""
+    """Success by task and by number of objects, a line a method with 95 % intervals; files ``success-by-scene``."""
     methods = [name for name in found["method"].unique(maintain_order=True) if name != STANDALONE]
     with style.styled():
-        figure, panels = plt.subplots(1, 2, figsize=(8.8, 3.9), sharey=True)
-        figure.subplots_adjust(left=0.075, right=0.875, bottom=0.17, top=0.91, wspace=0.08)
+        figure, panels = plt.subplots(1, 2, figsize=(8.8, 4.1), sharey=True)
+        figure.subplots_adjust(left=0.075, right=0.86, bottom=0.18, top=0.91, wspace=0.08)
         for axes, by, title in zip(panels, ("task", "objects"), ("By task", "By number of objects"), strict=True):
             _strata_panel(axes, found.filter(by=by), methods)
             axes.set_title(title)
@@ -134,13 +137,13 @@ def strata_figure(found: pl.DataFrame, out: Path, making: dict[str, Any]) -> Dra
         last = found.filter(by="objects")["group"].unique(maintain_order=True)
         at = {row["method"]: row["mean"] for row in found.filter(by="objects", group=last[-1]).iter_rows(named=True)}
         low, high = panels[1].get_xlim()
-        ends = [(at[name], name, look(name)["color"]) for name in methods if name in at]
+        ends = [(at[name], f"{GLYPHS.get(name, '⬢')} {name}", look(name)["color"]) for name in methods if name in at]
         style.label_ends(panels[1], high, ends)
         panels[1].set_xlim(low, high)
-        style.save(figure, out, "success-strata", found, making)
+        style.save(figure, out, "success-by-scene", found, making)
         plt.close(figure)
     return Drawn(
-        "success-strata",
+        "success-by-scene",
         "Success by task and by number of objects in the scene, a marker a method; bars are 95 % intervals (Wilson), "
         "n is the number of scenes in a group.",
     )
@@ -157,7 +160,7 @@ def _strata_panel(axes: Axes, found: pl.DataFrame, methods: Sequence[str]) -> No
         axes.plot(at, mean, **look(method), ls=":", lw=0.8, ms=8 if method == TRUE else 6, mec="white", mew=0.7)
     counts = found.group_by("group").agg(pl.col("n").max())
     n = dict(counts.iter_rows())
-    axes.set_xticks(range(len(groups)), [f"{group.replace('_', ' ')}\nn = {n[group]}" for group in groups])
+    axes.set_xticks(range(len(groups)), [f"{group.replace('_', chr(10))}\nn = {n[group]}" for group in groups])
     axes.set_xlim(-0.5, len(groups) - 0.5)
     axes.set_ylim(-0.02, 1.02)
     axes.tick_params(axis="x", length=0)

@@ -12,6 +12,7 @@ from analysis.page.markup import escaped
 from analysis.page.tables import table as as_table
 from edit.methods import METHODS, REFERENCE, SECONDS, STANDALONE, SUCCESS
 from edit.report.evaluation import ABOUT, Evaluation
+from edit.report.figures import by_objects
 from edit.report.grid import p_value
 from edit.scores.closing import PLAIN, Closing, Estimate
 from probes import statistics
@@ -36,7 +37,7 @@ def gap(found: Evaluation, closed: Closing) -> Finding:
     """Whether our box closes the gap, or why not."""
     caveats = [f"Only {found.about['settings']['difficulty']} drawn scenes of one seed were asked."]
     if closed.unpaired:
-        caveats.append(f"{closed.unpaired} scenes lack one of the three methods and are left out.")
+        caveats.append(f"Left out for want of one of the three methods: {closed.unpaired} of the scenes.")
     return Finding(
         "gap",
         "How much of the gap between the plain editor and the true box does the proxy’s box close?",
@@ -63,28 +64,27 @@ def methods(
     else:
         answer = f"With {reference}, {told(reference, SUCCESS)} of {own['n']} edits are a success"
         answer += f"; {damage} outside the true box is {told(reference, damage)}." if told(reference, damage) else "."
-        tests = compared.filter(metric=SUCCESS).drop_nulls("p_holm")
-        against = [
-            f"{row['method']} {row['difference']:+.3f} [{row['low']:+.3f}, {row['high']:+.3f}] "
-            f"(p {p_value(row['p_holm'])}, n = {row['n']})"
-            for row in tests.iter_rows(named=True)
-        ]
-        if against:
-            count = compared["p"].count()
-            answer += f"\n\nIts success less that of another on the same scenes, p by Holm over all {count} tests: "
-            answer += "; ".join(against) + "."
-        worse = [f"{name} {told(name, damage)}" for name in found.methods if name != reference and told(name, damage)]
-        if worse:
-            answer += f"\n\n{damage} of the others: {'; '.join(worse)}."
+        for metric in filter(None, (SUCCESS, damage)):
+            tests = compared.filter(metric=metric).drop_nulls("p_holm").iter_rows(named=True)
+            form = "{:+.3f}" if metric == SUCCESS else "{:+.4f}"
+            against = [
+                f"{row['method']} {Estimate(row['difference'], row['low'], row['high'], row['n']).told(form)}, "
+                f"p {p_value(row['p_holm'])}"
+                for row in tests
+            ]
+            if against:
+                answer += f"\n\nIts {metric} less that of others on the same scenes: {'; '.join(against)}."
+        if len(compared):
+            answer += f" All p are by Holm over {compared['p'].count()} tests."
     caveats = []
     if damage is not None and any("random trunk" in name for name in summary["metric"].unique()):
         caveats.append("LPIPS is of a random trunk, no published metric: damage is drawn and said as L2.")
     if lost := int(summary["missing"].sum()):
-        caveats.append(f"{lost} values are missing; means are of the rest, each with its n (see the table’s CSV).")
+        caveats.append(f"Values that are missing: {lost}. Means are of the rest, each with its n.")
     if found.aside:
         reasons = "; ".join(f"`{file}`: {why}" for file, why in list(found.aside.items())[:5])
         more = f"; and {len(found.aside) - 5} more" if len(found.aside) > 5 else ""
-        caveats.append(f"{len(found.aside)} pictures are set aside and not shown: {reasons}{more}.")
+        caveats.append(f"Pictures set aside and not shown: {len(found.aside)} ({reasons}{more}).")
     caveats += [
         f"The pictures of {name} were made by {len(kinds)} different settings (see Provenance)."
         for name, kinds in settings_of(found).items()
@@ -95,7 +95,8 @@ def methods(
         "Which way of editing does what is asked, and at what cost to the rest of the picture?",
         answer,
         tuple(drawn),
-        {"means": summary, "paired tests": compared},
+        {"success and damage": summary.filter(pl.col("metric").is_in([SUCCESS, damage]))}
+        | {"all means": summary, "all paired tests": compared},
         tuple(caveats),
     )
 
@@ -103,25 +104,27 @@ def methods(
 def strata(found: Evaluation, counted: pl.DataFrame, drawn: Drawn) -> Finding:
     """Where our box helps the plain editor: by task and by number of objects."""
     pairs = _paired(found, REFERENCE, PLAIN)
-    told = []
+    told, differences = [], {}
     for by, group in counted.select("by", "group").unique(maintain_order=True).iter_rows():
         sizes = counted.filter(by=by, group=group)
+        name = group.replace("_", " ") if by == "task" else f"{group} objects"
         if by in pairs:
             one = pairs[by].get(group)
             if one is not None:
-                name = group.replace("_", " ") if by == "task" else f"{group} objects"
+                differences[name] = one
                 told.append(f"{name} {one.told('{:+.3f}')} (n = {one.n})")
         elif (own := sizes.filter(method=found.reference)).height:
-            told.append(f"{group.replace('_', ' ')} {own['mean'][0]:.3f} (n = {own['n'][0]})")
-    lead = (
-        "Our box changes the plain editor’s success on the same scenes by: "
-        if pairs
-        else f"Success of {found.reference}: "
-    )
+            told.append(f"{name} {_estimate(own.row(0, named=True))} (n = {own['n'][0]})")
+    lead = f"Success of {found.reference} by kind of scene.\n\n"
+    if differences:
+        best, worst = (pick(differences, key=lambda name: differences[name].value) for pick in (max, min))
+        lead = f"Our box adds most to the plain editor’s success in scenes of {best} "
+        lead += f"({differences[best].told('{:+.3f}')}, n = {differences[best].n}) and least in those of {worst} "
+        lead += f"({differences[worst].told('{:+.3f}')}, n = {differences[worst].n}).\n\nAll: "
     return Finding(
-        "strata",
+        "scenes",
         "In which scenes does the box help: by task, and by how many objects look alike?",
-        lead + "; ".join(told) + ". Intervals are not corrected for asking of several groups.",
+        f"{lead}{'; '.join(told)}. Intervals are not corrected for asking of several groups.",
         (drawn,),
         {"success": counted},
     )
@@ -131,8 +134,6 @@ def _paired(found: Evaluation, ours: str, other: str) -> dict[str, dict[str, Est
     """By ``task`` and ``objects`` and group, the paired difference of success; empty without one of the methods."""
     if not {ours, other} <= set(found.methods):
         return {}
-    from edit.report.figures import by_objects
-
     wide = found.scores.filter(pl.col("metric") == SUCCESS, pl.col("method").is_in([ours, other])).pivot(
         "method", index="sample", values="value"
     )

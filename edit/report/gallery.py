@@ -13,8 +13,9 @@ from analysis.page import Section
 from analysis.page.gallery import filtered, instruction, select, words
 from analysis.page.markup import ABSENT, data_uri, escaped
 from analysis.page.tables import number
-from edit.methods import METHODS, RIGHT_BOX
+from edit.methods import METHODS, REFERENCE, RIGHT_BOX
 from edit.report.evaluation import OUTCOMES, Evaluation
+from edit.scores.closing import PLAIN, TRUE
 from extract.omniedit import BadSample, decode
 from store.places import within
 
@@ -24,7 +25,9 @@ LARGEST = 6_500_000
 """Bytes of all pictures; a third more in the page."""
 QUALITY = 82
 MARKS = {"success": "✓", "leaked": "≈", "mislocalized": "✕", "otherwise": "≠", "unchanged": "=", "not scored": ABSENT}
-RIGHT, WRONG = "on the right object", "on another or none"
+FIRST = (PLAIN, REFERENCE, TRUE)
+"""What the question is about comes beside the source."""
+RIGHT, WRONG = "right box", "wrong box"
 
 
 @dataclass
@@ -107,14 +110,14 @@ def _shots(
     source.scene = source.picture.size if source.picture else None
     yield source
     edited = dict(found.items.filter(sample=sample).select("method", "edited").iter_rows())
-    for method, file in edited.items():
+    for method, file in sorted(edited.items(), key=lambda one: one[0] not in FIRST):
         box = found.labels.get((sample, method), {}).get("box")
         shot = Shot(method, file, became[sample, method], box, scene=source.scene)
         shot.picture = _picture(found, file)
         if (one := values.get((sample, method, damage))) is not None:
             shot.facts.append(f"{damage.split(' (')[0].split(',')[0]} {number(one, 4)}")
         if (one := values.get((sample, method, RIGHT_BOX))) is not None:
-            shot.facts.append(f"box {RIGHT if one else WRONG}")
+            shot.facts.append(RIGHT if one else WRONG)
         for judge in found.judges:
             grades = [values.get((sample, method, f"{name}, judge {judge}")) for name in ("edit", "subject", "leakage")]
             if None not in grades:

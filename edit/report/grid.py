@@ -19,11 +19,12 @@ def section(summary: pl.DataFrame, compared: pl.DataFrame, markdown: str) -> Sec
     """The tables, each with metrics of one kind."""
     metrics = summary["metric"].unique(maintain_order=True).to_list()
     judged = [name for name in metrics if ", judge " in name]
-    edits = [name for name in metrics if name in SHARES or "(0–4)" in name]
-    outside = [name for name in metrics if name not in (*judged, *edits, SECONDS)]
+    shares = [name for name in SHARES if name in metrics]
+    grades = [*(name for name in metrics if "(0–4)" in name), *judged]
+    outside = [name for name in metrics if name not in (*shares, *grades, SECONDS)]
     cells = {(row["method"], row["metric"]): row for row in summary.iter_rows(named=True)}
     tests = {(row["method"], row["metric"]): row for row in compared.iter_rows(named=True)}
-    kinds = {"What was edited": edits, "What changed outside the true box": outside, "What judges say": judged}
+    kinds = {"What became of the object": shares, "Outside the true box": outside, "Grades from 0 to 4": grades}
     tables = [_table(title, names, cells, tests) for title, names in kinds.items() if names]
     reference = compared["reference"][0] if len(compared) else None
     note = "Mean ± 1 SEM (ddof 1) over scenes; [95 % interval] by bootstrap, Wilson’s for shares."
@@ -78,5 +79,5 @@ def _cell(row: dict[str, Any] | None, test: dict[str, Any] | None, most: int, pl
 
 
 def p_value(p: float) -> str:
-    """As it is read: = 0.031, < 0.001."""
-    return "< 0.001" if p < 0.001 else f"= {p:.2g}"
+    """As it is read: = 0.31, = 0.004, < 0.001."""
+    return "< 0.001" if p < 0.001 else f"= {p:.3f}" if p < 0.01 else f"= {p:.2f}"

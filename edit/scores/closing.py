@@ -33,7 +33,9 @@ class Estimate:
     def told(self, form: str) -> str:
         """The number, written by a format, with its interval."""
         written = form.format(self.value)
-        return written if self.low is None else f"{written} [{form.format(self.low)}, {form.format(self.high)}]"
+        if self.low is not None:
+            written += f" [{form.format(self.low)}, {form.format(self.high)}]"
+        return written.replace("-", "−")
 
 
 @dataclass(frozen=True)
