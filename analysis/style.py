@@ -1,7 +1,6 @@
 """One look for all figures: type, lines, layer colours that keep their order in grey and for every eye."""
 
 import io
-import itertools
 import json
 import platform
 import sys
@@ -15,7 +14,6 @@ import numpy as np
 import polars as pl
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.transforms import Bbox
 
 from store.places import write_file
 
@@ -105,40 +103,35 @@ def label_points(
     are best left free, such as error bars. Call when the axis limits and the figure's size are final.
     """
     figure = axes.get_figure()
-    unit, renderer = figure.dpi / 72, figure.canvas.get_renderer()
-    place = axes.transData.transform
-    marks = [Bbox.from_bounds(*(place((x, y)) - 5 * unit), 10 * unit, 10 * unit) for x, y, _ in points]
-    bars = [Bbox(place([corners[:2], corners[2:]])).padded(1.5 * unit) for corners in avoid]
-    within, written = axes.get_window_extent(renderer), []
-
-    def cost(box: Bbox, away: float) -> float:
-        covered = sum(_shared(box, other) for other in (*marks, *written))
-        outside = box.width * box.height - _shared(box, within)
-        return 100 * (covered + outside) + 2 * sum(_shared(box, bar) for bar in bars) + away * unit**2
-
-    for x, y, label in points:
+    unit, renderer, place = figure.dpi / 72, figure.canvas.get_renderer(), axes.transData.transform
+    at_n2 = place([(x, y) for x, y, _ in points])
+    taken_k4 = np.hstack([at_n2 - 5 * unit, at_n2 + 5 * unit])  # the markers; labels join them
+    bars_k4 = np.array([[*place(one[:2]) - 1.5 * unit, *place(one[2:]) + 1.5 * unit] for one in avoid]).reshape(-1, 4)
+    within_14 = np.array([axes.get_window_extent(renderer).extents])
+    away_m, turn_m = map(
+        np.ravel, np.meshgrid((8, 13, 20, 30, 42, 56), np.arange(0, 2 * np.pi, np.pi / 8), indexing="ij")
+    )
+    turned_m2 = np.stack([np.cos(turn_m), np.sin(turn_m)], 1)
+    for (x, y, label), at_2 in zip(points, at_n2, strict=True):
         text = axes.annotate(label, (x, y), (0, 0), textcoords="offset points", va="bottom", fontsize=size)
-        extent = text.get_window_extent(renderer)
-        wide, high = extent.width, extent.height
-        found = []
-        for away, turn in itertools.product((8, 13, 20, 30, 42, 56), np.arange(0, 2 * np.pi, np.pi / 8)):
-            right, up = np.cos(turn), np.sin(turn)
-            centre = place((x, y)) + away * unit * np.array([right, up]) + np.array([right * wide, up * high]) / 2
-            box = Bbox.from_bounds(*(centre - np.array([wide, high]) / 2), wide, high)
-            found.append((cost(box, away), away, box))
-        _, away, box = min(found, key=lambda one: one[0])
-        written.append(box.padded(unit))
-        text.set_position(tuple((np.array([box.x0, box.y0]) - place((x, y))) / unit))
-        if away > 13:
-            nearest = np.clip(place((x, y)), [box.x0, box.y0], [box.x1, box.y1])
-            ends = axes.transData.inverted().transform([place((x, y)), nearest])
+        size_2 = np.array(text.get_window_extent(renderer).size)
+        centre_m2 = at_2 + turned_m2 * (away_m[:, None] * unit + size_2 / 2)
+        box_m4 = np.hstack([centre_m2 - size_2 / 2, centre_m2 + size_2 / 2])
+        covered_m = _shared(box_m4, taken_k4) + size_2.prod() - _shared(box_m4, within_14)
+        best = np.argmin(100 * covered_m + 2 * _shared(box_m4, bars_k4) + away_m * unit**2)
+        box_4 = box_m4[best]
+        taken_k4 = np.vstack([taken_k4, box_4 + unit * np.array([-1, -1, 1, 1])])
+        text.set_position(tuple((box_4[:2] - at_2) / unit))
+        if away_m[best] > 13:
+            ends = axes.transData.inverted().transform([at_2, np.clip(at_2, box_4[:2], box_4[2:])])
             axes.plot(*ends.T, color=QUIET, lw=0.6, zorder=1)
 
 
-def _shared(one: Bbox, other: Bbox) -> float:
-    """Area that two boxes have in common."""
-    both = Bbox.intersection(one, other)
-    return 0.0 if both is None else both.width * both.height
+def _shared(box_m4: np.ndarray, other_k4: np.ndarray) -> np.ndarray:
+    """Area that each box (x1, y1, x2, y2) has in common with the others, summed over them."""
+    low_mk2 = np.maximum(box_m4[:, None, :2], other_k4[:, :2])
+    high_mk2 = np.minimum(box_m4[:, None, 2:], other_k4[:, 2:])
+    return (high_mk2 - low_mk2).clip(0).prod(2).sum(1)
 
 
 def save(figure: Figure, out: Path, name: str, data: pl.DataFrame, making: Mapping[str, Any]) -> list[Path]:

@@ -20,7 +20,7 @@ from selenium.webdriver.support.ui import Select
 from analysis import style
 from edit.config import ReportConfig
 from edit.report import figures, gallery
-from edit.report.command import report
+from edit.report.command import report, tables
 from edit.report.evaluation import read as read_evaluation
 from edit.scores.closing import closing
 from store.errors import Refusal
@@ -273,7 +273,7 @@ def test_scores_that_are_missing_are_counted_and_said(copy):
     root = read(report(ReportConfig(copy)))
     (row,) = [one for one in root.one("ul", id="cards").all("li") if one.one("bdi").text == sample]
     assert "plain: not scored" in row["data-outcome"]
-    assert "Values that are missing: 13." in root.one("section", id="finding-methods").text
+    assert "Values that are missing: 12." in root.one("section", id="finding-methods").text
     assert "one of the three methods: 1 of" in root.one("section", id="finding-gap").text
 
 
@@ -291,6 +291,10 @@ def of_another(folder):
         (lambda out: pl.read_parquet(out / "items.parquet").drop("task").write_parquet(out / "items.parquet"),
          "no column 'task'.*evaluate` again"),
         (lambda out: pl.read_parquet(out / "items.parquet").clear().write_parquet(out / "items.parquet"), "is empty"),
+        (lambda out: change(out, objects=None), "'objects' has to hold numbers, without nulls"),
+        (lambda out: change(out, x1=float("nan")), "a box or number of objects of sample .* is not finite"),
+        (lambda out: pl.read_parquet(out / "scores.parquet").drop("value").write_parquet(out / "scores.parquet"),
+         "no column 'value'"),
         (of_another, "sample 'elsewhere'.*different"),
         (lambda out: change(out, edited="../secret.png"), "'../secret.png' is not the name of a file"),
         (lambda out: change(out, source="/etc/passwd"), "'/etc/passwd' is not the name of a file"),
@@ -326,7 +330,7 @@ def judged(copy):
 
 
 def test_verdicts_of_judges_come_beside_the_exact_scores(copy, judged):
-    root = read(report(ReportConfig(copy, (judged(), judged("person.parquet")))))
+    root = read(report(ReportConfig(copy, (judged(), judged("person.parquet")), gallery=2)))
     heads = [one.text for one in root.one("section", id="table").all("th")]
     assert "edit, judge gemini" in heads and "leakage, judge person" in heads
     summary = pl.read_parquet(copy / "report" / "methods-all means.parquet")
@@ -345,6 +349,25 @@ def test_verdicts_that_do_not_fit_are_refused(copy, judged):
         report(ReportConfig(copy, (copy / "items.parquet",)))
     with pytest.raises(Refusal, match="is no parquet table"):
         report(ReportConfig(copy, (copy / "evaluation.json",)))
+
+
+def test_a_point_of_the_scatter_lies_at_its_damage_and_success_with_its_name_and_cross(kept):
+    summary, _ = tables(read_evaluation(kept))
+    damage = "LPIPS (AlexNet), filled"
+    with style.styled():
+        figure, axes = plt.subplots()
+        figures._panel(axes, summary, damage, "success")
+        plt.close(figure)
+    points = {tuple(line.get_xydata()[0]) for line in axes.lines if line.get_marker() != "None"}
+    mean = {(row["method"], row["metric"]): row["mean"] for row in summary.iter_rows(named=True)}
+    assert points == {(mean[name, damage], mean[name, "success"]) for name in METHODS}
+    assert {text.get_text() for text in axes.texts} == set(METHODS)
+    crosses = [segment for part in axes.collections for segment in part.get_segments()]
+    assert len(crosses) == 2 * len(METHODS)
+    (row,) = summary.filter(method="our-box", metric="success").iter_rows(named=True)
+    wanted = [[mean["our-box", damage], row["low"]], [mean["our-box", damage], row["high"]]]
+    assert any(np.allclose(segment, wanted) for segment in crosses)
+    assert len({look["marker"] for look in map(figures.look, figures.METHODS)}) == len(figures.METHODS)
 
 
 def test_damage_is_lpips_unless_its_trunk_is_random():

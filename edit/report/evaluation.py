@@ -102,8 +102,13 @@ def read(out: Path, verdicts: Sequence[Path] = ()) -> Evaluation:
         A table is missing, damaged, or of another evaluation.
     """
     out = Path(out)
-    items = _table(out / ITEMS, dict.fromkeys(TEXTS, pl.String) | {"objects": None} | dict.fromkeys(BOX_COLUMNS))
-    scores = _table(out / SCORES, dict.fromkeys(COLUMNS[:3], pl.String) | {"value": None})
+    items = _table(out / ITEMS, TEXTS, ("objects", *BOX_COLUMNS))
+    if len(wrong := items.filter(pl.any_horizontal(pl.col("objects", *BOX_COLUMNS).cast(float).is_finite().not_()))):
+        raise Refusal(f"{out / ITEMS}: a box or number of objects of sample {wrong['sample'][0]!r} is not finite")
+    scores = _table(out / SCORES, COLUMNS[:3])
+    if "value" not in scores.columns or not scores["value"].dtype.is_numeric():
+        raise Refusal(f"{out / SCORES} has no column 'value' of numbers: run `python -m edit evaluate` again")
+    scores = scores.with_columns(pl.col("value").cast(pl.Float64))
     if items.is_empty():
         raise Refusal(f"{out / ITEMS} is empty: `python -m edit evaluate` writes it")
     if twice := items.filter(pl.struct("sample", "method").is_duplicated()).rows():
@@ -133,12 +138,12 @@ def read(out: Path, verdicts: Sequence[Path] = ()) -> Evaluation:
     for source in items["source"].unique(maintain_order=True):
         if not (out / within(out, source)).is_file():
             aside[source] = "it is not there"
-    scores = pl.concat([scores.select(pl.col(*COLUMNS[:3]), pl.col("value").cast(pl.Float64)), *judged])
+    scores = pl.concat([scores.select(COLUMNS), *judged])
     return Evaluation(out, _about(out / ABOUT), items, scores, labels, aside, tuple(verdicts))
 
 
-def _table(path: Path, columns: dict[str, Any]) -> pl.DataFrame:
-    """A parquet table with these columns: text where said so, numbers else."""
+def _table(path: Path, texts: Sequence[str], numbers: Sequence[str] = ()) -> pl.DataFrame:
+    """A parquet table with columns of text and of numbers, none of them null; ``value`` of scores may be."""
     try:
         table = pl.read_parquet(path, hive_partitioning=False)
     except (OSError, pl.exceptions.PolarsError) as error:
@@ -146,14 +151,15 @@ def _table(path: Path, columns: dict[str, Any]) -> pl.DataFrame:
         raise Refusal(
             f"{path} cannot be read ({why}): `python -m edit evaluate --out {path.parent}` writes it"
         ) from None
-    for name, kind in columns.items():
+    for name in (*texts, *numbers):
         if name not in table.columns:
             raise Refusal(
                 f"{path} has no column {name!r}: run `python -m edit evaluate` again (what is edited is kept)"
             )
-        good = table[name].dtype == kind if kind is not None else table[name].dtype.is_numeric()
-        if not good or (kind is not None and table[name].null_count()):
-            raise Refusal(f"{path}: column {name!r} has to hold {'text, without nulls' if kind else 'numbers'}")
+        good = table[name].dtype == pl.String if name in texts else table[name].dtype.is_numeric()
+        if not good or table[name].null_count():
+            kind = "text" if name in texts else "numbers"
+            raise Refusal(f"{path}: column {name!r} has to hold {kind}, without nulls")
     return table
 
 
