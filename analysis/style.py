@@ -118,7 +118,8 @@ def label_points(
         centre_m2 = at_2 + turned_m2 * (away_m[:, None] * unit + size_2 / 2)
         box_m4 = np.hstack([centre_m2 - size_2 / 2, centre_m2 + size_2 / 2])
         covered_m = _shared(box_m4, taken_k4) + size_2.prod() - _shared(box_m4, within_14)
-        best = np.argmin(100 * covered_m + 2 * _shared(box_m4, bars_k4) + away_m * unit**2)
+        costs_m = 100 * covered_m + 2 * _shared(box_m4, bars_k4) + (away_m - 4 * turned_m2[:, 1]) * unit**2
+        best = np.argmin(costs_m)  # above rather than below, else near
         box_4 = box_m4[best]
         taken_k4 = np.vstack([taken_k4, box_4 + unit * np.array([-1, -1, 1, 1])])
         text.set_position(tuple((box_4[:2] - at_2) / unit))

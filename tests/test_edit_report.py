@@ -273,7 +273,7 @@ def test_scores_that_are_missing_are_counted_and_said(copy):
     root = read(report(ReportConfig(copy)))
     (row,) = [one for one in root.one("ul", id="cards").all("li") if one.one("bdi").text == sample]
     assert "plain: not scored" in row["data-outcome"]
-    assert "Values that are missing: 12." in root.one("section", id="finding-methods").text
+    assert "Values that are missing: 11." in root.one("section", id="finding-methods").text
     assert "one of the three methods: 1 of" in root.one("section", id="finding-gap").text
 
 

@@ -65,21 +65,22 @@ def methods(
         answer = f"With {reference}, {told(reference, SUCCESS)} of {own['n']} edits are a success"
         answer += f"; {damage} outside the true box is {told(reference, damage)}." if told(reference, damage) else "."
         for metric in filter(None, (SUCCESS, damage)):
-            tests = compared.filter(metric=metric).drop_nulls("p_holm").iter_rows(named=True)
+            tests = compared.filter(metric=metric).drop_nulls("p_holm")
             form = "{:+.3f}" if metric == SUCCESS else "{:+.4f}"
             against = [
                 f"{row['method']} {Estimate(row['difference'], row['low'], row['high'], row['n']).told(form)}, "
                 f"p {p_value(row['p_holm'])}"
-                for row in tests
+                for row in tests.iter_rows(named=True)
             ]
             if against:
-                answer += f"\n\nIts {metric} less that of others on the same scenes: {'; '.join(against)}."
+                pairs = "–".join(map(str, sorted({tests["n"].min(), tests["n"].max()})))
+                answer += f"\n\nIts {metric} less that of others, n = {pairs} pairs: {'; '.join(against)}."
         if len(compared):
             answer += f" All p are by Holm over {compared['p'].count()} tests."
     caveats = []
     if damage is not None and any("random trunk" in name for name in summary["metric"].unique()):
         caveats.append("LPIPS is of a random trunk, no published metric: damage is drawn and said as L2.")
-    if lost := int(summary["missing"].sum()):
+    if lost := int(summary.filter(pl.col("metric") != SECONDS)["missing"].sum()):
         caveats.append(f"Values that are missing: {lost}. Means are of the rest, each with its n.")
     if found.aside:
         reasons = "; ".join(f"`{file}`: {why}" for file, why in list(found.aside.items())[:5])
