@@ -94,6 +94,47 @@ def label_ends(axes: Axes, x: float, ends: Sequence[tuple[float, str, Any]], siz
         axes.text(x + step * 1.2, moved, label, color=INK, fontsize=size, va="center", clip_on=False)
 
 
+def label_points(
+    axes: Axes, points: Sequence[tuple[float, float, str]], avoid: Sequence[tuple[float, ...]] = (), size: float = 8
+) -> None:
+    """Write each label beside its point, where it covers no other label or point; a line leads to one further away.
+
+    ``points`` are (x, y, label), those that matter most first; ``avoid`` are further rectangles (x1, y1, x2, y2) that
+    are best left free, such as error bars. Call when the axis limits and the figure's size are final.
+    """
+    figure = axes.get_figure()
+    unit, renderer, place = figure.dpi / 72, figure.canvas.get_renderer(), axes.transData.transform
+    at_n2 = place([(x, y) for x, y, _ in points])
+    taken_k4 = np.hstack([at_n2 - 5 * unit, at_n2 + 5 * unit])  # the markers; labels join them
+    bars_k4 = np.array([[*place(one[:2]) - 1.5 * unit, *place(one[2:]) + 1.5 * unit] for one in avoid]).reshape(-1, 4)
+    within_14 = np.array([axes.get_window_extent(renderer).extents])
+    away_m, turn_m = map(
+        np.ravel, np.meshgrid((8, 13, 20, 30, 42, 56), np.arange(0, 2 * np.pi, np.pi / 8), indexing="ij")
+    )
+    turned_m2 = np.stack([np.cos(turn_m), np.sin(turn_m)], 1)
+    for (x, y, label), at_2 in zip(points, at_n2, strict=True):
+        text = axes.annotate(label, (x, y), (0, 0), textcoords="offset points", va="bottom", fontsize=size)
+        size_2 = np.array(text.get_window_extent(renderer).size)
+        centre_m2 = at_2 + turned_m2 * (away_m[:, None] * unit + size_2 / 2)
+        box_m4 = np.hstack([centre_m2 - size_2 / 2, centre_m2 + size_2 / 2])
+        covered_m = _shared(box_m4, taken_k4) + size_2.prod() - _shared(box_m4, within_14)
+        costs_m = 100 * covered_m + 2 * _shared(box_m4, bars_k4) + (away_m - 4 * turned_m2[:, 1]) * unit**2
+        best = np.argmin(costs_m)  # above rather than below, else near
+        box_4 = box_m4[best]
+        taken_k4 = np.vstack([taken_k4, box_4 + unit * np.array([-1, -1, 1, 1])])
+        text.set_position(tuple((box_4[:2] - at_2) / unit))
+        if away_m[best] > 13:
+            ends = axes.transData.inverted().transform([at_2, np.clip(at_2, box_4[:2], box_4[2:])])
+            axes.plot(*ends.T, color=QUIET, lw=0.6, zorder=1)
+
+
+def _shared(box_m4: np.ndarray, other_k4: np.ndarray) -> np.ndarray:
+    """Area that each box (x1, y1, x2, y2) has in common with the others, summed over them."""
+    low_mk2 = np.maximum(box_m4[:, None, :2], other_k4[:, :2])
+    high_mk2 = np.minimum(box_m4[:, None, 2:], other_k4[:, 2:])
+    return (high_mk2 - low_mk2).clip(0).prod(2).sum(1)
+
+
 def save(figure: Figure, out: Path, name: str, data: pl.DataFrame, making: Mapping[str, Any]) -> list[Path]:
     """Write a figure with all it takes to trust and redraw it.
 

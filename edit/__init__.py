@@ -13,6 +13,7 @@
 ``scores``       outside the box, aligned, by an exact judge of scenes; the table with its tests
 ``judges``       models and people who grade an edited picture
 ``evaluate``     ``python -m edit evaluate``: every conditioning and box on the same held-out scenes
+``methods``      what is compared; ``report`` the page of it all (``python -m edit report``)
 ``gap``          ``python -m edit gap``: where the VLM says it is, against where the editor edits
 ``baselines``    whole editors by their own diffusers pipelines
 ``recipe``       ``python -m edit.recipe``: the paper's data set, made anew

@@ -1,6 +1,6 @@
 """Routes ``python -m edit``; each job's code is imported when it is asked for, so that ``--help`` stays instant."""
 
-from edit.config import EvaluateConfig, GapConfig, JudgeConfig, RecipeConfig, RunConfig, TrainConfig
+from edit.config import EvaluateConfig, GapConfig, JudgeConfig, RecipeConfig, ReportConfig, RunConfig, TrainConfig
 from store.commandline import route
 
 
@@ -23,6 +23,13 @@ def evaluate(config: EvaluateConfig) -> int:
     from edit.evaluate import evaluate
 
     return evaluate(config)
+
+
+def report(config: ReportConfig) -> None:
+    """`edit.report.command.report`"""
+    from edit.report.command import report
+
+    report(config)
 
 
 def gap(config: GapConfig) -> int:
@@ -50,5 +57,13 @@ if __name__ == "__main__":
     route(
         "python -m edit",
         "The recovered box steers an editor: LoRA, two-stage inference, scores.",
-        {"train": train, "run": run, "evaluate": evaluate, "gap": gap, "judge": judge, "recipe": recipe},
+        {
+            "train": train,
+            "run": run,
+            "evaluate": evaluate,
+            "report": report,
+            "gap": gap,
+            "judge": judge,
+            "recipe": recipe,
+        },
     )

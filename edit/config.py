@@ -174,7 +174,7 @@ class EvaluateConfig(StagesConfig):
     """
 
     out: Path = Path("runs/edit")
-    """Folder for pictures, scores.parquet, table.md and the items that `python -m edit judge` asks about."""
+    """Folder for pictures, scores.parquet, report.html and the items that `python -m edit judge` asks about."""
     samples: int = 200
     """Scenes."""
     seed: int = 90_001
@@ -196,6 +196,30 @@ class EvaluateConfig(StagesConfig):
             raise Refusal("--methods middle needs --middle, the layer: `python -m analysis layers` votes on it")
         if self.lora is None or self.proxy is None:
             raise Refusal("an evaluation compares boxes: give --lora and --proxy")
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Write the report of an evaluation again from what it left on disk: no model is loaded.
+
+    OUT/report.html is one page that needs no network: whether our box closes the gap between the plain editor and the
+    true box, or why not, the table with paired tests, figures, and pictures side by side. Beside it lie table.md and,
+    in OUT/report, every figure (PNG, SVG, CSV, JSON) and table. `python -m edit evaluate` ends with it.
+    """
+
+    out: Path = Path("runs/edit")
+    """Folder of `python -m edit evaluate`."""
+    verdicts: tuple[Path, ...] = ()
+    """Tables of `python -m edit judge` on the same pictures, put beside the exact scores; named as their files."""
+    gallery: int = 60
+    """Scenes to look at, taken evenly from the outcomes of our box; 0 for none."""
+    json: bool = False
+    """Print one object instead of the summary."""
+
+    def __post_init__(self):
+        """Refuse numbers that make no sense."""
+        if self.gallery < 0:
+            raise Refusal(f"--gallery {self.gallery}: give 0 or more")
 
 
 @dataclass(frozen=True)

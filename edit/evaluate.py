@@ -2,12 +2,15 @@
 
 import io
 import json
+import platform
+import resource
+import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, Literal
+from dataclasses import asdict, dataclass, replace
+from importlib.metadata import version
+from typing import Any
 
-import numpy as np
 import polars as pl
 import torch
 from PIL import Image
@@ -16,9 +19,11 @@ from tqdm import tqdm
 
 from edit import run
 from edit.conditions import Conditioning
-from edit.config import EvaluateConfig
+from edit.config import EvaluateConfig, ReportConfig
 from edit.editor import Editor
-from edit.scores import table
+from edit.methods import INSTRUCTION, METHODS, RIGHT_BOX, SECONDS, STANDALONE, SUCCESS
+from edit.report.command import report
+from edit.report.evaluation import ABOUT
 from edit.scores.alignment import aligned
 from edit.scores.outside import Perception
 from edit.scores.scene_judge import SceneJudge
@@ -29,31 +34,9 @@ from extract.scenes import OBJECT_TASKS, draw_scene
 from extract.scenes.shards import row_of
 from extract.sequence import Conditioner
 from store.errors import Refusal
+from store.places import write_file
 
-STANDALONE = "standalone VLM"
-REFERENCE = "our-box"
-SHARES = ("success", "right object", "mislocalized", "unchanged", "box on the right object")
-
-
-@dataclass(frozen=True)
-class Method:
-    """A way to edit: what conditions, and whose box is drawn."""
-
-    way: Literal["last", "norm-average", "description", "middle"] = "last"
-    box: Literal["none", "proxy", "true", "wrong"] = "none"
-    about: str = ""
-
-
-METHODS = {
-    "plain": Method(about="last layer, no box: the editor as it is"),
-    "norm-average": Method("norm-average", about="normalised states averaged over layers, no box"),
-    "description": Method("description", about="the VLM writes the scene out first, no box"),
-    "middle": Method("middle", about="the voted layer, no box"),
-    "our-box": Method(box="proxy", about="last layer, the proxy's box from the same pass"),
-    "true-box": Method(box="true", about="last layer, the true box: what a perfect proxy would reach"),
-    "wrong-box": Method(box="wrong", about="last layer, the box of another object: the floor, and how far boxes steer"),
-    "unedited": Method(about="the picture through the autoencoder alone: the floor of what pixels can say"),
-}
+LIBRARIES = ("torch", "diffusers", "transformers")
 
 
 @dataclass(frozen=True)
@@ -93,7 +76,7 @@ def held_out(samples: int, seed: int, difficulty: str) -> list[Held]:
 
 
 def evaluate(config: EvaluateConfig) -> int:
-    """Edit, score, and write the table."""
+    """Edit, score, and write the report."""
     if config.threads:
         torch.set_num_threads(config.threads)
     methods = config.methods or tuple(name for name in METHODS if name != "middle" or config.middle)
@@ -113,17 +96,29 @@ def evaluate(config: EvaluateConfig) -> int:
         schema={"sample": pl.String, "method": pl.String, "metric": pl.String, "value": pl.Float64},
     )
     frame.write_parquet(config.out / "scores.parquet")
-    summary, compared = table.summary(frame, SHARES), table.comparisons(frame, REFERENCE, SHARES)
-    told = "\n".join(f"* {name}: {METHODS[name].about}" for name in methods)
-    head = f"{len(held)} {config.difficulty} scenes of seed {config.seed}."
-    text = "\n\n".join((head, table.markdown(summary, compared), told)) + "\n"
-    (config.out / "table.md").write_text(text)
-    if config.json:
-        print(json.dumps({"n": len(held), "summary": summary.to_dicts(), "comparisons": compared.to_dicts()}))
-    else:
-        print(text)
-        print(gap(frame))
+    write_about(config, methods, stages.editor.pipeline.transformer.device)
+    report(ReportConfig(config.out, json=config.json))
     return 0
+
+
+def write_about(config: EvaluateConfig, methods: Sequence[str], device: torch.device) -> None:
+    """``evaluation.json``: the settings, and what the report has to know besides scores and pictures."""
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else peak_resident()
+    about = {
+        "methods": methods,
+        "settings": asdict(config),
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
+        "threads": torch.get_num_threads(),
+        "peak_memory_bytes": peak,
+        "versions": {"python": platform.python_version()} | {name: version(name) for name in LIBRARIES},
+    }
+    write_file(config.out / ABOUT, (json.dumps(about, default=str, indent=1) + "\n").encode())
+
+
+def peak_resident() -> int:
+    """Bytes of memory that this process had at most."""
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return most if sys.platform == "darwin" else 1024 * most
 
 
 def write_items(config: EvaluateConfig, methods: Sequence[str], held: Sequence[Held]) -> None:
@@ -140,6 +135,7 @@ def write_items(config: EvaluateConfig, methods: Sequence[str], held: Sequence[H
             files = {"source": source, "edited": made}
             box = dict(zip(("x1", "y1", "x2", "y2"), map(float, one.row["box"]), strict=True))
             about = {"sample": one.name, "method": name, "instruction": one.instruction}
+            about |= {"task": one.row["task"], "objects": len(one.row["objects"])}
             rows.append(about | {kind: str(path.relative_to(config.out)) for kind, path in files.items()} | box)
     pl.DataFrame(rows).write_parquet(config.out / "items.parquet")
 
@@ -175,22 +171,21 @@ def by_method(
     out = config.out / "pictures" / name
     out.mkdir(parents=True, exist_ok=True)
     settings = run.settings_of(config, ours) | {"method": name}
-    rows, began, made = [], time.perf_counter(), 0
+    rows = []
     with stages.without_lora(method.box == "none"):
         for one in tqdm(held, unit="picture", desc=name):
             wanted = settings | {"scene": one.name, "instruction": one.instruction}
             if not run.is_there(out, one.name, wanted):
+                began = time.perf_counter()
                 picture, box = edited(ours, name, one, config)
-                run.write(out, one.name, picture, wanted | {"box": box})
-                made += 1
+                run.write(out, one.name, picture, wanted | {"box": box, "seconds": time.perf_counter() - began})
             place, label = run.paths_of(out, one.name)
-            picture, box = Image.open(place).convert("RGB"), json.loads(label.read_text())["box"]
+            picture, about = Image.open(place).convert("RGB"), json.loads(label.read_text())
             rows += [
                 (one.name, name, metric, value)
-                for metric, value in scored(one, picture, box, perception, stages.editor)
+                for metric, value in scored(one, picture, about["box"], perception, stages.editor)
             ]
-    if made:
-        rows.append((held[0].name, name, "seconds", (time.perf_counter() - began) / made))
+            rows.append((one.name, name, SECONDS, about.get("seconds")))
     return rows
 
 
@@ -213,11 +208,11 @@ def scored(
 ) -> Iterator[tuple[str, float]]:
     """Every metric of one edited picture."""
     verdict = SceneJudge.of_row(one.row, lambda known: through(editor, known))(picture)
-    yield "success", float(verdict.success)
+    yield SUCCESS, float(verdict.success)
     yield "right object", float(verdict.subject != "left" and not verdict.changed and not verdict.stray)
     yield "mislocalized", float(verdict.mislocalized)
     yield "unchanged", float(verdict.outcome == "unchanged")
-    yield "instruction (0–4)", float(verdict.instruction)
+    yield INSTRUCTION, float(verdict.instruction)
     yield "accuracy (0–4)", float(verdict.accuracy)
     yield "leakage (0–4)", float(verdict.leakage)
     measured = aligned(one.picture, picture, one.row["box"], perception)
@@ -226,20 +221,4 @@ def scored(
     yield f"{measured.raw.lpips}, map", measured.raw.lpips_map
     yield "L2, aligned", measured.corrected.l2
     if box is not None:
-        yield "box on the right object", float(is_right(box, one.row))
-
-
-def gap(frame: pl.DataFrame) -> str:
-    """One sentence: how much of the gap between the plain editor and the true box the proxy's box closes."""
-    means = {
-        name: float(np.mean(frame.filter(method=name, metric="success")["value"].to_numpy()))
-        for name in ("plain", "our-box", "true-box")
-        if not frame.filter(method=name).is_empty()
-    }
-    if len(means) < 3 or means["true-box"] <= means["plain"]:
-        return "The true box does not beat the plain editor here: there is no gap to close."
-    closed = (means["our-box"] - means["plain"]) / (means["true-box"] - means["plain"])
-    return (
-        f"Success: plain {means['plain']:.3f}, our box {means['our-box']:.3f}, true box {means['true-box']:.3f}; "
-        f"our box closes {closed:.0%} of the gap."
-    )
+        yield RIGHT_BOX, float(is_right(box, one.row))

@@ -9,7 +9,7 @@ from planted_store import alone
 from tiny_editor import tiny_editor, tiny_study
 
 from edit.config import EvaluateConfig, TrainConfig
-from edit.evaluate import METHODS, gap, held_out, is_right
+from edit.evaluate import METHODS, held_out, is_right
 from edit.train import train
 from probes.sweep import train as train_probe
 from store.errors import Refusal
@@ -51,6 +51,27 @@ def test_every_method_is_scored_on_every_scene(done):
     )
     told = (out / "table.md").read_text()
     assert all(f"| {name} |" in told for name in METHODS) and "Holm" in told and "gap" in run.stdout
+    seconds = frame.filter(metric="seconds")
+    assert len(seconds) == 3 * len(METHODS) and seconds["value"].min() > 0
+
+
+def test_it_ends_with_the_report_which_can_be_made_again_without_a_model(done):
+    out, run = done
+    page = out / "report.html"
+    first = page.read_bytes()
+    assert str(page) in run.stdout and first.count(b"data:image/webp") == 3 * (1 + len(METHODS))
+    page.unlink()
+    again = run_here("edit", "report", "--out", out)
+    assert again.returncode == 0, again.stderr
+    assert page.read_bytes() == first
+    about = json.loads((out / "evaluation.json").read_text())
+    assert about["peak_memory_bytes"] > 1 << 20 and about["settings"]["seed"] == EvaluateConfig.seed
+
+
+def test_few_methods_are_evaluated_too(given, tmp_path):
+    run = run_here(*given, "--samples", "2", "--threads", "1", "--methods", "plain", "unedited", "--out", tmp_path)
+    assert run.returncode == 0, run.stderr
+    assert "Nothing is known of the gap" in run.stdout and (tmp_path / "report.html").is_file()
 
 
 def test_it_goes_on_where_it_ended_and_gives_the_same_scores(given, done, tmp_path):
@@ -79,18 +100,6 @@ def test_held_out_scenes_are_those_of_their_seed_and_about_an_object():
     assert all(
         one.row["box"] is not None and one.row["task"] in ("swap", "removal", "attribute_modification") for one in again
     )
-
-
-def frame_of(**means):
-    rows = [(str(i), name, "success", float(i < 10 * mean)) for name, mean in means.items() for i in range(10)]
-    return pl.DataFrame(rows, schema=["sample", "method", "metric", "value"], orient="row")
-
-
-def test_the_gap_is_said_in_a_sentence():
-    said = gap(frame_of(**{"plain": 0.2, "our-box": 0.6, "true-box": 0.8}))
-    assert "closes 67% of the gap" in said and "plain 0.200" in said
-    assert "no gap to close" in gap(frame_of(**{"plain": 0.8, "our-box": 0.6, "true-box": 0.8}))
-    assert "no gap to close" in gap(frame_of(plain=0.5))
 
 
 @pytest.mark.parametrize(

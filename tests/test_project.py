@@ -19,7 +19,7 @@ ALLOWED = {
     "extract": {"store"},
     "probes": {"store"},
     "analysis": {"store", "probes"},
-    "edit": {"store", "probes", "extract"},
+    "edit": {"store", "probes", "extract", "analysis"},
 }
 # Three files may reach back, on demand: to answer for a picture at hand a trained probe needs the single pass; pictures
 # lie where extract finds them, and so do the norm and the head of a checkpoint.
@@ -94,6 +94,7 @@ def test_data_flow_one_way_and_every_file_says_its_purpose(path):
         "edit train",
         "edit run",
         "edit evaluate",
+        "edit report",
         "edit gap",
         "edit judge",
         "edit recipe",

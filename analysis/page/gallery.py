@@ -1,5 +1,6 @@
 """The gallery in HTML: a card a sample, with what the filters of the page ask for."""
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -43,15 +44,40 @@ def cards(samples: pl.DataFrame) -> str:
     if not len(samples):
         return '<p class="empty">No sample was drawn.</p>'
     rows = [_Sample(row) for row in samples.iter_rows(named=True)]
-    drawn = "\n".join(_card(place, sample) for place, sample in enumerate(rows))
-    more = f'<p class="paper">The first {PRINTED} are printed.</p>' if len(rows) > PRINTED else ""
-    return f"""{_legend(samples.columns)}
-{_filters(rows)}
-<p id="count" role="status">{len(rows):,} of {len(rows):,} shown</p>
+    return filtered(_legend(samples.columns), *_filters(rows), [_card(place, one) for place, one in enumerate(rows)])
+
+
+def filtered(legend: str, fields: str, orders: Mapping[str, str], drawn: Sequence[str], kind: str = "") -> str:
+    """HTML of cards that the page's script filters and sorts.
+
+    Parameters
+    ----------
+    legend
+        HTML above.
+    fields
+        HTML of the filters. A ``select`` called X shows the cards whose ``data-X`` is its value, or has it as a line.
+    orders
+        What cards can be sorted by, a name of their data with a minus for the largest first, and what that is called.
+    drawn
+        The cards: ``li`` of class ``card`` with ``data-order``, their place, and an ``instruction``.
+    kind
+        Class of their list.
+    """
+    options = "".join(f'<option value="{key}">{escaped(label)}</option>' for key, label in orders.items())
+    more = f'<p class="paper">The first {PRINTED} are printed.</p>' if len(drawn) > PRINTED else ""
+    cards = "\n".join(drawn)
+    return f"""{legend}
+<form id="filters" role="search" aria-label="Samples" hidden>
+{fields}
+<label class="wide">Instruction has <input type="search" name="text" autocomplete="off" dir="auto"></label>
+<label>Sorted by <select name="sort">{options}</select></label>
+<button type="button">Clear</button>
+</form>
+<p id="count" role="status">{len(drawn):,} of {len(drawn):,} shown</p>
 {more}
 <p id="none-fits" class="empty" hidden>No sample fits these filters.</p>
-<ul id="cards">
-{drawn}
+<ul id="cards"{f' class="{kind}"' if kind else ""}>
+{cards}
 </ul>"""
 
 
@@ -83,25 +109,19 @@ point lies in the true box. <b>Energy</b>: share of the map inside it.{error} <b
 picture. Solid outline: the true box; dashed: the guessed one.</p>"""
 
 
-def _filters(samples: list[_Sample]) -> str:
+def _filters(samples: list[_Sample]) -> tuple[str, dict[str, str]]:
+    """The fields, and the orders."""
     selects = (
-        _select("task", "Task", sorted({one.task for one in samples})),
-        _select("l", "Layer l*", sorted({one.layer for one in samples}, key=_layer_order)),
-        _select("split", "Split", sorted({one.split for one in samples})),
-        _select("outcome", "Outcome", [word for word in ("hit", "miss") if word in {one.outcome for one in samples}]),
+        select("task", "Task", sorted({one.task for one in samples})),
+        select("l", "Layer l*", sorted({one.layer for one in samples}, key=_layer_order)),
+        select("split", "Split", sorted({one.split for one in samples})),
+        select("outcome", "Outcome", [word for word in ("hit", "miss") if word in {one.outcome for one in samples}]),
     )
-    ranges, orders = [_range("area", "Box area, %", 100)], ["order:as drawn", "-area:largest box", "area:smallest box"]
+    ranges, orders = [_range("area", "Box area, %", 100)], {"order": "as drawn"}
     if any(one.error is not None for one in samples):
         ranges.append(_range("error", "Error", 1))
-        orders[1:1] = ["-error:largest error", "error:smallest error"]
-    options = "".join('<option value="{}">{}</option>'.format(*order.split(":")) for order in orders)
-    return f"""<form id="filters" role="search" aria-label="Samples" hidden>
-{"".join(selects)}
-{"".join(ranges)}
-<label class="wide">Instruction has <input type="search" name="text" autocomplete="off" dir="auto"></label>
-<label>Sorted by <select name="sort">{options}</select></label>
-<button type="button">Clear</button>
-</form>"""
+        orders |= {"-error": "largest error", "error": "smallest error"}
+    return "".join(selects) + "".join(ranges), orders | {"-area": "largest box", "area": "smallest box"}
 
 
 def _layer_order(layer: str) -> tuple[int, int, str]:
@@ -109,8 +129,9 @@ def _layer_order(layer: str) -> tuple[int, int, str]:
     return {"embed": 0, "final": 2, ABSENT: 3}.get(layer, 1), int(layer) if layer.isdecimal() else 0, layer
 
 
-def _select(name: str, label: str, values: list[str]) -> str:
-    options = "".join(f'<option value="{escaped(value)}">{escaped(_words(value))}</option>' for value in values)
+def select(name: str, label: str, values: Sequence[str]) -> str:
+    """A filter by ``data-NAME``."""
+    options = "".join(f'<option value="{escaped(value)}">{escaped(words(value))}</option>' for value in values)
     return f'<label>{label} <select name="{name}"><option value="">all</option>{options}</select></label>\n'
 
 
@@ -129,7 +150,7 @@ def _card(place: int, sample: _Sample) -> str:
     facts = [("l*", sample.layer), ("area", percent)]
     facts += [("energy", sample.energy)] + ([("error", _short(sample.error))] if "iou" in row else [])
     facts += [("objects", row["n_objects"])] if row.get("n_objects") is not None else []
-    facts += [("task", _words(sample.task)), ("split", sample.split), ("words", row["words"])]
+    facts += [("task", words(sample.task)), ("split", sample.split), ("words", row["words"])]
     listed = "".join(
         f'<div class="{key.strip("*")}"><dt>{key}</dt> <dd dir="auto">{escaped(value)}</dd></div>'
         for key, value in facts
@@ -144,12 +165,12 @@ def _card(place: int, sample: _Sample) -> str:
 {_picture(row["picture"], "plain", f"Sample {row['sample']}, the plain picture")}
 </div>
 <p class="which"><span class="outcome {sample.outcome}">{mark}</span> <bdi>{escaped(row["sample_id"])}</bdi></p>
-{_instruction(row["instruction"])}
+{instruction(row["instruction"])}
 <dl>{listed}</dl>
 </li>"""
 
 
-def _words(name: str) -> str:
+def words(name: str) -> str:
     """Return a task's name as it is read."""
     return name.replace("_", " ")
 
@@ -164,7 +185,7 @@ def _picture(content: bytes | None, kind: str, alt: str) -> str:
     return f'<img class="{kind}" src="{data_uri(content, "image/jpeg")}" alt="{escaped(alt)}" decoding="async">'
 
 
-def _instruction(text: str | None) -> str:
+def instruction(text: str | None) -> str:
     """The whole instruction; a long one opens on demand."""
     if text is None or len(text) <= CLAMP:
         return f'<p class="instruction" dir="auto">{escaped(text)}</p>'

@@ -90,7 +90,7 @@ box.addEventListener("keydown", (event) => {
   const step = {ArrowLeft: -1, ArrowRight: 1}[event.key];
   if (turn && step) { event.preventDefault(); turn(step); }
 });
-for (const card of cards) {
+for (const card of cards.filter((card) => card.querySelector(".pictures"))) {
   const pictures = card.querySelector(".pictures"), face = button("", "face"), corner = button("⤢", "enlarge");
   face.setAttribute("aria-label", `Map over ${card.querySelector(".which bdi").textContent}`);
   face.setAttribute("aria-pressed", "true");
@@ -105,6 +105,7 @@ for (const card of cards) {
 // Filters: kept in the address, so that a view can be shared.
 const form = one("#filters");
 const fields = form ? [...form.elements].filter((field) => field.name) : [];
+const choices = fields.filter((field) => field.tagName === "SELECT" && field.name !== "sort");
 const number = (text) => text === "" ? null : Number(text);
 const within = (value, from, to) => {
   const low = number(form.elements[from]?.value ?? ""), high = number(form.elements[to]?.value ?? "");
@@ -116,8 +117,8 @@ const texts = new Map(cards.map((card) =>
   [card, card.querySelector("p.instruction, .instruction p").textContent.toLocaleLowerCase()]));
 function fits(card) {
   const area = measure(card, "area");
-  return ["task", "l", "split", "outcome"].every((name) =>
-      form.elements[name].value === "" || form.elements[name].value === card.dataset[name]) &&
+  const told = (name, value) => card.dataset[name] === value || (card.dataset[name] ?? "").split("\n").includes(value);
+  return choices.every((field) => field.value === "" || told(field.name, field.value)) &&
     within(area === null ? null : 100 * area, "area-from", "area-to") &&
     within(measure(card, "error"), "error-from", "error-to") &&
     texts.get(card).includes(form.elements.text.value.trim().toLocaleLowerCase());

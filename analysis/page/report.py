@@ -3,6 +3,7 @@
 import base64
 import hashlib
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 from typing import Any
@@ -19,6 +20,18 @@ from store.places import write_file
 
 HERE = Path(__file__).parent
 FILE = "report.html"
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the page that is no finding."""
+
+    name: str
+    """Its address on the page."""
+    title: str
+    html: str
+    count: str = ""
+    """What the head of the page says of how much it holds."""
 
 
 def write(
@@ -58,21 +71,45 @@ def write(
     Refusal
         When a figure's file or a column of the gallery is missing.
     """
+    samples = []
+    if gallery is not None:
+        count = f"{len(gallery):,} {'sample' if len(gallery) == 1 else 'samples'} to look at"
+        samples.append(Section("samples", "Samples", cards(gallery), count))
+    return assemble(out, title, [*findings, *samples], figures, provenance)
+
+
+def assemble(
+    out: Path,
+    title: str,
+    parts: Sequence[Finding | Section],
+    figures: Path,
+    provenance: Mapping[str, Any],
+    style: str = "",
+) -> Path:
+    """Write ``out/report.html`` of findings and other sections, in this order; else as ``write``.
+
+    ``style`` is CSS that the sections need besides the page's own.
+    """
     figures, script = Path(figures), _asset("page.js")
-    sections = {f"finding-{finding.name}": finding.name.replace("_", " ").capitalize() for finding in findings}
-    sections = {"answers": "Answers"} | sections | ({} if gallery is None else {"samples": "Samples"})
+    findings = [part for part in parts if isinstance(part, Finding)]
     numbers = iter(range(1, 1 + sum(len(finding.figures) for finding in findings)))
-    drawn = [[figure(one, next(numbers), finding, figures) for one in finding.figures] for finding in findings]
+    named, told = {"answers": "Answers"}, []
+    for part in parts:
+        if isinstance(part, Section):
+            named[part.name] = part.title
+            told.append(_section(part))
+        else:
+            named[f"finding-{part.name}"] = part.name.replace("_", " ").capitalize()
+            told.append(_finding(part, [figure(one, next(numbers), part, figures) for one in part.figures]))
     page = Template(_asset("page.html")).substitute(
         title=escaped(title),
-        count=_count(findings, gallery),
-        style=_asset("page.css"),
+        count=_count(findings, [part.count for part in parts if isinstance(part, Section) and part.count]),
+        style=_asset("page.css") + style,
         script=script,
         script_hash=_hash(script),
-        nav=_nav(sections | {"provenance": "Provenance"}),
+        nav=_nav(named | {"provenance": "Provenance"}),
         answers=_answers(findings),
-        findings="\n".join(_finding(one, pictures) for one, pictures in zip(findings, drawn, strict=True)),
-        samples="" if gallery is None else _samples(gallery),
+        parts="\n".join(told),
         provenance=listed(provenance),
     )
     path = Path(out) / FILE
@@ -93,11 +130,9 @@ def _hash(script: str) -> str:
     return f"sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}"
 
 
-def _count(findings: Sequence[Finding], samples: pl.DataFrame | None) -> str:
+def _count(findings: Sequence[Finding], further: Sequence[str]) -> str:
     counts = [("question", len(findings)), ("figure", sum(len(finding.figures) for finding in findings))]
-    counts += [] if samples is None else [("sample to look at", len(samples))]
-    plural = {"sample to look at": "samples to look at"}
-    return " · ".join(f"{n:,} {word if n == 1 else plural.get(word, word + 's')}" for word, n in counts)
+    return " · ".join([*(f"{n:,} {word}{'' if n == 1 else 's'}" for word, n in counts), *map(escaped, further)])
 
 
 def _nav(sections: Mapping[str, str]) -> str:
@@ -144,8 +179,9 @@ def _finding(finding: Finding, figures: Sequence[str]) -> str:
     )
 
 
-def _samples(samples: pl.DataFrame) -> str:
-    return f"""<section id="samples" aria-labelledby="samples-title">
-<h2 id="samples-title">Samples</h2>
-{cards(samples)}
+def _section(section: Section) -> str:
+    name = escaped(section.name)
+    return f"""<section id="{name}" aria-labelledby="{name}-title">
+<h2 id="{name}-title">{escaped(section.title)}</h2>
+{section.html}
 </section>"""

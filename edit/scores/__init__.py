@@ -3,6 +3,7 @@
 ``outside``      LPIPS and L2 outside a box, LPIPS with both ways of masking
 ``alignment``    the editor's own shift and zoom estimated and undone: corrected scores beside the raw ones
 ``scene_judge``  the exact judge of drawn scenes: which objects changed, and the three questions on 0–4
+``closing``      the share of the gap between the plain editor and the true box that our box closes, and why not more
 ``table``        mean ± SEM with intervals, paired tests with Holm's correction, Markdown
 
 One edited picture::
