@@ -90,7 +90,7 @@ class EndpointJudge:
         if not model or not model.isprintable():
             raise Refusal(f"--model {model!r}: give the name of a model of the endpoint")
         base, loopback = checked_url(settings.url or URLS[kind], settings.plain_http)
-        self.settings, self.cache = settings, cache
+        self.name, self.settings, self.cache = model, settings, cache
         self.wire = Wire(kind, base, model, settings.temperature, settings.sampling_seed, max_tokens)
         self._key = key_from(settings.key_env)
         self.concurrency = settings.concurrency

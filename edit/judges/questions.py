@@ -13,18 +13,33 @@ from store.errors import Refusal
 RUBRIC = {
     "edit": (
         "is what the instruction asks for done?",
-        ("not at all, or the opposite", "barely", "half of it, or with gross faults", "done, with a small fault")
-        + ("done fully, and it looks right",),
+        (
+            "not at all, or the opposite",
+            "barely",
+            "half of it, or with gross faults",
+            "done, with a small fault",
+            "done fully, and it looks right",
+        ),
     ),
     "subject": (
         "is the thing that was changed the one that the instruction means?",
-        ("nothing was changed, or only other things", "mostly other things", "the right one and another as much")
-        + ("the right one, not exactly or not all of it", "exactly the right one"),
+        (
+            "nothing was changed, or only other things",
+            "mostly other things",
+            "the right one and another as much",
+            "the right one, not exactly or not all of it",
+            "exactly the right one",
+        ),
     ),
     "leakage": (
         "is everything else as it was?",
-        ("the picture is another one", "large parts beside the subject differ", "some differ visibly")
-        + ("traces, if one looks for them", "nothing else differs"),
+        (
+            "the picture is another one",
+            "large parts beside the subject differ",
+            "some differ visibly",
+            "traces, if one looks for them",
+            "nothing else differs",
+        ),
     ),
 }
 """The questions by their names, each with what the grades from 0 on mean."""
