@@ -36,16 +36,15 @@ def judge(config: JudgeConfig) -> None:
     cache = AnswerCache(config.cache)
     if config.judge == "human":
         rows = table_of(items, judge_by_hand(items, config.human, cache), config.human.rater)
-        spent = 0.0
+        spent = None
     else:
         rows, spent = _by_model(config, items, cache)
-    if rows is None:
-        return
+        if rows is None:
+            return
     write_table(rows, config.out)
     print_summary(rows, config.out, spent)
-    ours = rows.drop_nulls(QUESTIONS)
     for path, theirs in others.items():
-        print_agreement(agreement(ours, theirs), path)
+        print_agreement(agreement(read_verdicts(config.out), theirs), path)
 
 
 def _by_model(config: JudgeConfig, items: list[Item], cache: AnswerCache) -> tuple[pl.DataFrame | None, float]:
@@ -108,9 +107,11 @@ def write_table(rows: pl.DataFrame, path: Path) -> None:
         raise as_refusal(failure, path) from failure
 
 
-def print_summary(rows: pl.DataFrame, path: Path, spent: float) -> None:
-    """Mean grades by method with their intervals over samples, and what was set aside."""
-    print(f"\nverdicts  {path}\n  spent     {spent:.4f} in this run, {rows['money'].sum():.4f} for all answers")
+def print_summary(rows: pl.DataFrame, path: Path, spent: float | None) -> None:
+    """Mean grades by method with their intervals over samples, what was set aside, and what a model cost."""
+    print(f"\nverdicts  {path}")
+    if spent is not None:
+        print(f"  spent     {spent:.4f} in this run, {rows['money'].sum():.4f} for all answers")
     for (method,), group in rows.group_by("method", maintain_order=True):
         good = group.filter(pl.col("failed").is_null())
         print(f"  {method}: n = {len(good)}, {len(group) - len(good)} set aside")
