@@ -31,6 +31,7 @@ The way through
 
 ``scenes``      pictures with exact boxes, drawn here, in OmniEdit's columns (``python -m extract.scenes``)
 ``review``      boxes verified by a person on a local page (``python -m extract.review``)
+``local_page``  what every page for a person at this machine is served by
 ``pocket``      a small real Qwen2.5-VL, trained here (``python -m extract.pocket``)
 
 >>> encoder = extract.Encoder.of(store.open(path).identity)                # doctest: +SKIP

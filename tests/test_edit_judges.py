@@ -194,6 +194,8 @@ def test_a_cache_that_cannot_be_written_is_refused(tmp_path):
 class Told:
     """A judge that says what it is told to, by the sample's number in the instruction."""
 
+    name = "told"
+
     def __init__(self, told, concurrency=2):
         self.told, self.concurrency, self.spent = told, concurrency, 0.0
         self.asked, self.stopped, self.ended = [], threading.Event(), False
@@ -230,6 +232,7 @@ def test_all_pictures_are_judged_in_order_and_failures_set_aside(tmp_path):
     assert dict(rows.schema) == SCHEMA
     assert rows["sample"].to_list() == [f"s{n}" for n in range(6)]
     assert rows["method"].to_list() == ["plain", "ours", "plain", "ours", "ours", "ours"]
+    assert rows["judge"].to_list() == ["told"] * 6
     assert rows["edit"].to_list() == [4, None, 4, 4, None, None]
     assert rows["leakage"].to_list() == [2, None, 2, 2, None, None]
     assert rows["reason"].to_list() == ["well", None, "well", "well", None, None]

@@ -338,6 +338,19 @@ def test_the_key_is_nowhere_but_in_the_header(tmp_path, capfd):
     assert not any(KEY in json.dumps(asked["body"]) for asked in server.asked)
 
 
+def test_the_budget_is_not_exceeded_by_what_is_on_its_way(tmp_path):
+    def later(handler):
+        time.sleep(0.1 * len(handler.server.asked))  # the first is answered while others are on their way
+        reply(said())(handler)
+
+    each = (1000 * 100 + 50 * 200) / 1e6
+    settings = {"price_in": 100.0, "price_out": 200.0, "cache": AnswerCache(tmp_path), "concurrency": 4}
+    with Endpoint(usual=later) as server, judge_at(server, budget=4.5 * each, **settings) as judge:
+        judge_all(judge, items(12), quiet=True)
+        assert judge.spent == pytest.approx(len(server.asked) * each)
+    assert len(server.asked) == 4
+
+
 def test_the_budget_is_not_exceeded_and_a_larger_one_goes_on(tmp_path):
     each = (1000 * 100 + 50 * 200) / 1e6  # 0.11
     settings = {"price_in": 100.0, "price_out": 200.0, "cache": AnswerCache(tmp_path), "concurrency": 4}

@@ -6,5 +6,7 @@
 ``wire``       requests and answers of the two kinds of endpoint
 ``endpoint``   a model behind an OpenAI-compatible or Gemini endpoint: attempts, costs, budget
 ``local``      a vision-language model on this machine
+``human``      a person: which pair is when, the answers so far; ``human_page`` serves it, ``page/`` is what is seen
+``agreement``  how far two judges agree
 ``command``    ``python -m edit judge``
 """

@@ -7,9 +7,11 @@ import numpy as np
 import polars as pl
 
 from edit.config import JudgeConfig
+from edit.judges.agreement import agreement, read_verdicts
 from edit.judges.cache import AnswerCache
 from edit.judges.endpoint import EndpointJudge
-from edit.judges.judge import Item, judge_all
+from edit.judges.human_page import judge_by_hand
+from edit.judges.judge import Item, judge_all, table_of
 from edit.judges.questions import QUESTIONS
 from extract.omniedit import BOX_COLUMNS
 from probes.statistics import interval
@@ -28,9 +30,25 @@ def judge(config: JudgeConfig) -> None:
         The table, the model, or where results go cannot be used; the judge answered nothing.
     """
     items = read_items(config.items, config.show_box)
-    if config.estimate and config.judge == "local":
-        raise Refusal("--estimate is for endpoints; a local model costs time alone")
+    if config.estimate and config.judge in ("local", "human"):
+        raise Refusal("--estimate is for endpoints; a local model and a person cost time alone")
+    others = {path: read_verdicts(path) for path in config.agreement}
     cache = AnswerCache(config.cache)
+    if config.judge == "human":
+        rows = table_of(items, judge_by_hand(items, config.human, cache), config.human.rater)
+        spent = None
+    else:
+        rows, spent = _by_model(config, items, cache)
+        if rows is None:
+            return
+    write_table(rows, config.out)
+    print_summary(rows, config.out, spent)
+    for path, theirs in others.items():
+        print_agreement(agreement(read_verdicts(config.out), theirs), path)
+
+
+def _by_model(config: JudgeConfig, items: list[Item], cache: AnswerCache) -> tuple[pl.DataFrame | None, float]:
+    """Verdicts of a model and the money spent on them; null where only the estimate was asked for."""
     if config.judge == "local":
         from edit.judges.local import LocalJudge
 
@@ -41,12 +59,11 @@ def judge(config: JudgeConfig) -> None:
         if config.judge != "local":
             print(f"estimate  {asked.estimate(items)}", flush=True)
             if config.estimate:
-                return
+                return None, 0.0
         rows = judge_all(asked, items)
         if config.judge != "local" and asked.uncounted:
             print(f"{asked.uncounted} answers did not say how many tokens they took: their cost is an estimate")
-    write_table(rows, config.out)
-    print_summary(rows, config.out, asked.spent)
+    return rows, asked.spent
 
 
 def read_items(path: Path, show_box: bool) -> list[Item]:
@@ -90,9 +107,11 @@ def write_table(rows: pl.DataFrame, path: Path) -> None:
         raise as_refusal(failure, path) from failure
 
 
-def print_summary(rows: pl.DataFrame, path: Path, spent: float) -> None:
-    """Mean grades by method with their intervals over samples, and what was set aside."""
-    print(f"\nverdicts  {path}\n  spent     {spent:.4f} in this run, {rows['money'].sum():.4f} for all answers")
+def print_summary(rows: pl.DataFrame, path: Path, spent: float | None) -> None:
+    """Mean grades by method with their intervals over samples, what was set aside, and what a model cost."""
+    print(f"\nverdicts  {path}")
+    if spent is not None:
+        print(f"  spent     {spent:.4f} in this run, {rows['money'].sum():.4f} for all answers")
     for (method,), group in rows.group_by("method", maintain_order=True):
         good = group.filter(pl.col("failed").is_null())
         print(f"  {method}: n = {len(good)}, {len(group) - len(good)} set aside")
@@ -105,3 +124,12 @@ def print_summary(rows: pl.DataFrame, path: Path, spent: float) -> None:
     reasons = rows["failed"].drop_nulls().value_counts(sort=True)
     for reason, count in reasons.iter_rows():
         print(f"  {count} × {reason}")
+
+
+def print_agreement(found: pl.DataFrame, path: Path) -> None:
+    """How far this judge agrees with the one of the table at ``path``."""
+    n = 0 if found.is_empty() else found["n"][0]
+    print(f"agreement with {path}: n = {n}" + (", Cohen's κ with quadratic weights" if n else ""))
+    for row in found.iter_rows(named=True):
+        said = "none: both give one grade alone" if np.isnan(row["kappa"]) else "{kappa:.3f} [{low:.3f}, {high:.3f}]"
+        print(f"    {row['question']:<8} {said.format(**row)}; the same grade {row['same']:.1%}")

@@ -90,7 +90,7 @@ class EndpointJudge:
         if not model or not model.isprintable():
             raise Refusal(f"--model {model!r}: give the name of a model of the endpoint")
         base, loopback = checked_url(settings.url or URLS[kind], settings.plain_http)
-        self.settings, self.cache = settings, cache
+        self.name, self.settings, self.cache = model, settings, cache
         self.wire = Wire(kind, base, model, settings.temperature, settings.sampling_seed, max_tokens)
         self._key = key_from(settings.key_env)
         self.concurrency = settings.concurrency
@@ -101,7 +101,7 @@ class EndpointJudge:
         self._stopped = threading.Event()
         self._lock = threading.Lock()
         self.spent = 0.0
-        self._answers, self._pending, self._silent = 0, 0.0, 0
+        self._answers, self._asking, self._pending, self._silent = 0, 0, 0.0, 0
         self.uncounted = 0
         """Answers that did not say how many tokens they took; they are counted as estimated."""
 
@@ -158,18 +158,19 @@ class EndpointJudge:
         """Ask the endpoint, within the budget; what the answer cost is spent, whatever it says."""
         tokens = _tokens(prompt, source, edited)
         reserved = self._reserve(self._money(tokens, USUAL_ANSWER))
-        cost = 0.0
+        cost, answered = 0.0, False
         try:
             answer, known = self._attempt(self.wire.body(prompt, source, edited))
             if not known:
                 answer = answer._replace(tokens_in=tokens, tokens_out=-(-len(answer.text) // LETTERS))
-            cost = self._money(answer.tokens_in, answer.tokens_out)
+            cost, answered = self._money(answer.tokens_in, answer.tokens_out), True
         finally:
             with self._lock:
+                self._asking -= 1
                 self._pending -= reserved
                 self.spent += cost
+                self._answers += answered
         with self._lock:
-            self._answers += 1
             self._silent = 0
             self.uncounted += not known
         return answer._replace(text=self._without_key(answer.text))
@@ -178,13 +179,16 @@ class EndpointJudge:
         """Set money aside for a question: as much as one has cost so far, or is estimated to cost, the larger."""
         budget = self.settings.budget
         with self._lock:
-            if self._answers:
-                expected = max(expected, self.spent / self._answers)
-            if budget is not None and self.spent + self._pending + expected > budget:
+            each = self.spent / self._answers if self._answers else 0.0
+            expected = max(expected, each)
+            # Those on their way were estimated before it was known what an answer costs.
+            pending = max(self._pending, self._asking * each)
+            if budget is not None and self.spent + pending + expected > budget:
                 raise Refusal(
                     f"--budget {budget:g}: {self.spent:.4f} is spent and the next answer may cost {expected:.4f}; what "
                     "was answered is kept, the same command with a larger budget goes on"
                 )
+            self._asking += 1
             self._pending += expected
         return expected
 

@@ -18,6 +18,7 @@ from store.errors import Refusal
 SCHEMA = {
     "sample": pl.String,
     "method": pl.String,
+    "judge": pl.String,
     **dict.fromkeys(QUESTIONS, pl.Int8),
     "reason": pl.String,
     "failed": pl.String,
@@ -25,8 +26,8 @@ SCHEMA = {
     "tokens_out": pl.Int64,
     "money": pl.Float64,
 }
-"""Columns of the table: grades (null where ``failed`` says why there are none), the judge's reason, what the answer
-cost when it was given."""
+"""Columns of the table: who judged (a model's or a person's name), grades (null where ``failed`` says why there are
+none), the judge's reason, what the answer cost when it was given."""
 
 
 POLL = 0.2
@@ -34,8 +35,10 @@ POLL = 0.2
 
 
 class Judge(Protocol):
-    """Somebody who can be asked the three questions; threads may share it."""
+    """A model that can be asked the three questions; threads may share it."""
 
+    name: str
+    """Stands beside its verdicts."""
     concurrency: int
     """How many pictures it can judge at a time."""
     spent: float
@@ -150,20 +153,31 @@ def judge_all(judge: Judge, items: Sequence[Item], quiet: bool = False) -> pl.Da
             found[place] = done.result()
     if refusal is not None and not any(found):
         raise refusal
-    rows = [_row(item, one or Failure(f"not asked: {refusal}")) for item, one in zip(items, found, strict=True)]
+    return table_of(items, [one or Failure(f"not asked: {refusal}") for one in found], judge.name)
+
+
+def table_of(items: Sequence[Item], found: Sequence[Verdict | Failure], judge: str) -> pl.DataFrame:
+    """What ``judge`` said of each item as a table in `SCHEMA`, one row an item in their order."""
+    rows = [_row(item, one, judge) for item, one in zip(items, found, strict=True)]
     return pl.DataFrame(rows, schema=SCHEMA, orient="row")
+
+
+def unreadable(error: BadSample | OSError) -> Failure:
+    """Why a pair whose picture cannot be read has no verdict."""
+    return Failure(f"a picture cannot be read: {shown(str(error))}")
 
 
 def _judged(judge: Judge, item: Item) -> Verdict | Failure:
     try:
         source, edited = item.pictures()
     except (BadSample, OSError) as error:
-        return Failure(f"a picture cannot be read: {shown(str(error))}")
+        return unreadable(error)
     return judge.judge(source, edited, item.instruction, item.box)
 
 
-def _row(item: Item, found: Verdict | Failure) -> tuple:
+def _row(item: Item, found: Verdict | Failure, judge: str) -> tuple:
     cost = (found.cost.tokens_in, found.cost.tokens_out, found.cost.money)
+    named = (item.sample, item.method, judge)
     if isinstance(found, Failure):
-        return (item.sample, item.method, None, None, None, None, found.reason, *cost)
-    return (item.sample, item.method, *(getattr(found, name) for name in QUESTIONS), found.reason, None, *cost)
+        return (*named, None, None, None, None, found.reason, *cost)
+    return (*named, *(getattr(found, name) for name in QUESTIONS), found.reason, None, *cost)

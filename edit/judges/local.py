@@ -49,7 +49,7 @@ class LocalJudge:
         max_pixels: int | None = None,
         max_tokens: int = 2048,
     ):
-        self.folder = find_checkpoint(model)
+        self.name, self.folder = model, find_checkpoint(model)
         self.device = find_device(device)
         self.cache, self.max_pixels, self.max_tokens = cache, max_pixels, max_tokens
         self.processor = load_processor(self.folder, max_pixels)

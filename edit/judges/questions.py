@@ -10,8 +10,40 @@ from typing import Any
 
 from store.errors import Refusal
 
-QUESTIONS = ("edit", "subject", "leakage")
-"""Names of the questions: instruction followed, right subject changed, nothing else changed."""
+RUBRIC = {
+    "edit": (
+        "is what the instruction asks for done?",
+        (
+            "not at all, or the opposite",
+            "barely",
+            "half of it, or with gross faults",
+            "done, with a small fault",
+            "done fully, and it looks right",
+        ),
+    ),
+    "subject": (
+        "is the thing that was changed the one that the instruction means?",
+        (
+            "nothing was changed, or only other things",
+            "mostly other things",
+            "the right one and another as much",
+            "the right one, not exactly or not all of it",
+            "exactly the right one",
+        ),
+    ),
+    "leakage": (
+        "is everything else as it was?",
+        (
+            "the picture is another one",
+            "large parts beside the subject differ",
+            "some differ visibly",
+            "traces, if one looks for them",
+            "nothing else differs",
+        ),
+    ),
+}
+"""The questions by their names, each with what the grades from 0 on mean."""
+QUESTIONS = tuple(RUBRIC)
 BEST = 4
 LONGEST_ANSWER = 20_000
 """Characters of an answer; a longer one is not read."""
@@ -29,22 +61,16 @@ Compare the pictures and grade the edit on three separate questions, each with a
 each question by itself: a picture can follow the instruction on the wrong subject, or change the right subject and \
 damage the rest.
 
-"edit": is what the instruction asks for done?
-0: not at all, or the opposite. 1: barely. 2: half of it, or with gross faults. 3: done, with a small fault. \
-4: done fully, and it looks right.
-
-"subject": is the thing that was changed the one that the instruction means?
-0: nothing was changed, or only other things. 1: mostly other things. 2: the right one and another as much. \
-3: the right one, not exactly or not all of it. 4: exactly the right one.
-
-"leakage": is everything else as it was?
-0: the picture is another one. 1: large parts beside the subject differ. 2: some differ visibly. 3: traces, if one \
-looks for them. 4: nothing else differs.
+{questions}
 
 Answer with one JSON object and nothing else, in this form, with a reason of one sentence:
 {form}
 """
 FORM = '{"reason": "…", "edit": <0-4>, "subject": <0-4>, "leakage": <0-4>}'
+ASKED = "\n\n".join(
+    f'"{name}": {question}\n' + " ".join(f"{grade}: {meaning}." for grade, meaning in enumerate(meanings))
+    for name, (question, meanings) in RUBRIC.items()
+)
 PLACE = """
 The instruction means what lies, in the source, between {x1:.0f} % and {x2:.0f} % of the width from the left and \
 between {y1:.0f} % and {y2:.0f} % of the height from the top.
@@ -122,7 +148,8 @@ def prompt_for(instruction: str, box: Sequence[float] | None = None, size: tuple
     if box is not None:
         shares = [100 * value / extent for value, extent in zip(box, size * 2, strict=True)]
         place = PLACE.format(**dict(zip(("x1", "y1", "x2", "y2"), shares, strict=True)))
-    return PROMPT.format(instruction=json.dumps(instruction, ensure_ascii=False), place=place, form=FORM)
+    quoted = json.dumps(instruction, ensure_ascii=False)
+    return PROMPT.format(instruction=quoted, place=place, questions=ASKED, form=FORM)
 
 
 def parse(text: str) -> Verdict:

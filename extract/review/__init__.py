@@ -5,7 +5,7 @@
 ``verdicts``   the file of verdicts: its lines, its lock, reading it and putting it to use
 ``desk``       what lies before the person: samples, boxes, progress; what makes a verdict
 ``agreement``  how well the model's box agrees with the final one
-``server``     the page's server, on this machine alone
+``server``     what the page is served, and the command
 ``page/``      the page
 
 ``python -m extract.review --store STORE --data DATA``

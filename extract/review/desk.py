@@ -7,6 +7,7 @@ from typing import Any
 
 import polars as pl
 
+from extract.local_page import Unfit
 from extract.review.agreement import mean_iou
 from extract.review.pictures import Missing, Pictures
 from extract.review.verdicts import (
@@ -26,14 +27,6 @@ from store.errors import Refusal
 NEEDED = ("sample_id", "instruction", "width", "height")
 FIELDS = ("sample_id", "verdict", "box", "reason")
 LONGEST_REASON = 2000
-
-
-class Unfit(ValueError):  # noqa: N818 - an answer to what the page sent
-    """What was asked cannot be answered, or kept; the message says why, ``status`` is the HTTP status that says so."""
-
-    def __init__(self, status: int, message: str):
-        super().__init__(message)
-        self.status = status
 
 
 class Desk:
