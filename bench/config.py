@@ -45,6 +45,8 @@ class Sizes:
     """Its layers."""
     swept: int
     """Scenes whose states a sweep reads."""
+    edited: int
+    """Scenes on half of which a LoRA is trained."""
     seeds: tuple[int, ...]
     """Seeds of every kind of probe of the sweep."""
     epochs_trained: int
@@ -75,6 +77,7 @@ FULL = Sizes(
     opened_samples=128_000,
     opened_layers=29,
     swept=384,
+    edited=64,
     seeds=(0, 1, 2),
     epochs_trained=2,
     proxy_depth=6,
@@ -99,6 +102,7 @@ QUICK = Sizes(
     opened_samples=200,
     opened_layers=3,
     swept=24,
+    edited=48,
     seeds=(0,),
     epochs_trained=2,
     proxy_depth=1,

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from bench import analysing, capture, extraction, gpu, machine, paper, report, storing, sweeping
+from bench import analysing, capture, editing, extraction, gpu, machine, paper, report, storing, sweeping
 from bench.config import BenchConfig
 from bench.measure import Row, Turns
 from bench.pocket import set_up
@@ -74,6 +74,9 @@ def measure(config: BenchConfig, turns: Turns, scratch: Path) -> tuple[list[Row]
     say("capture")
     with set_up(config, scratch, sizes.samples) as pocket:
         rows += capture.measure(pocket, turns)
+    say("editing")
+    with set_up(config, scratch, sizes.edited) as pocket:
+        rows += editing.measure(pocket, turns, scratch)
     say("proxies")
     with set_up(config, scratch, sizes.swept) as swept:
         rows += sweeping.measure(swept.config, sizes, turns, scratch)
