@@ -1,6 +1,8 @@
 """Routes ``python -m edit``; each job's code is imported when it is asked for, so that ``--help`` stays instant."""
 
-from edit.config import EvaluateConfig, GapConfig, JudgeConfig, RecipeConfig, ReportConfig, RunConfig, TrainConfig
+from edit.config import EvaluateConfig, GapConfig, ReportConfig, RunConfig, TrainConfig
+from edit.judges.config import JudgeConfig
+from edit.recipe.config import RecipeConfig
 from store.commandline import route
 
 

@@ -13,8 +13,8 @@ import polars as pl
 import pytest
 from judging import GRADES, KEY, Endpoint, hang, picture, reply, said
 
-from edit.config import JudgeConfig
 from edit.judges.command import judge, read_items
+from edit.judges.config import JudgeConfig
 from edit.judges.judge import SCHEMA
 from store.commandline import parse
 from store.errors import Refusal

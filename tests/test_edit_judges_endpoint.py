@@ -13,9 +13,9 @@ import pytest
 from judging import GRADES, KEY, Endpoint, cut, flood, hang, picture, reply, said, slam, trickle
 from PIL import Image
 
-from edit.config import EndpointSettings
 from edit.judges import endpoint
 from edit.judges.cache import AnswerCache
+from edit.judges.config import EndpointSettings
 from edit.judges.endpoint import EndpointJudge, checked_url, key_from, retry_after
 from edit.judges.judge import Item, judge_all
 from edit.judges.questions import ANSWER_SCHEMA, Cost, Failure, Verdict, prompt_for

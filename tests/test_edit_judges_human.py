@@ -14,10 +14,10 @@ from judging import picture
 from PIL import Image, PngImagePlugin
 from serving import Client, Serving
 
-from edit.config import HumanSettings, JudgeConfig
 from edit.judges.agreement import agreement, kappa, read_verdicts
 from edit.judges.cache import AnswerCache
 from edit.judges.command import judge, print_summary, read_items
+from edit.judges.config import HumanSettings, JudgeConfig
 from edit.judges.human import Desk
 from edit.judges.human_page import Handler, Server, judge_by_hand
 from edit.judges.judge import SCHEMA, Item, table_of

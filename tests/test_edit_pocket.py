@@ -13,6 +13,7 @@ from edit.frames import for_single_frames
 from edit.pocket import vae as making
 from edit.pocket.build import SETTINGS, BuildConfig, build, build_transformer, build_vae
 from edit.pocket.vae import Crops, Optimizer, VaeConfig, decode, encode, losses_of, train_vae
+from store.errors import Refusal
 
 
 @pytest.fixture
@@ -76,9 +77,19 @@ def test_an_interrupted_training_ends_with_the_same_autoencoder(quick, tmp_path,
     assert [line.get("from_step", line.get("step")) for line in log] == [0, 2, 2, 4]
     stored = AutoencoderKLQwenImage.from_pretrained(tmp_path / "whole" / "vae")
     assert len(stored.config.latents_std) == 16 and min(stored.config.latents_std) > 0
-    build(BuildConfig(tmp_path / "whole"))
-    editor = Editor.load(tmp_path / "whole" / "start")
+    start, again = tmp_path / "start", tmp_path / "again"
+    build(BuildConfig(tmp_path / "whole" / "vae", out=start))
+    build(BuildConfig(tmp_path / "whole" / "vae", start / "transformer", again, seed=1))
+    editor, other = Editor.load(start), Editor.load(again)
     assert editor.settings == SETTINGS and isinstance(editor.pipeline, QwenImageEditPipeline)
+    drawn, taken = (one.pipeline.transformer.state_dict() for one in (editor, other))
+    assert all(torch.equal(drawn[name], taken[name]) for name in drawn)
+
+
+def test_parts_that_are_not_there_are_refused(tmp_path):
+    with pytest.raises(Refusal, match="train them first"):
+        build(BuildConfig(tmp_path / "nowhere", out=tmp_path / "editor"))
+    assert not (tmp_path / "editor").exists()
 
 
 def test_the_editor_is_small_enough_to_ship():

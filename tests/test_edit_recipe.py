@@ -18,7 +18,7 @@ from PIL import Image
 from tiny_recipe import save_editor
 
 import store
-from edit.config import RecipeConfig
+from edit.recipe.config import RecipeConfig
 from edit.recipe.run import STAGES, Workshop, make, recipe, stages_of
 from edit.recipe.scenes import odd_scene
 from edit.recipe.stages import Made, Stage

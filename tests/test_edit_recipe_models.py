@@ -12,8 +12,8 @@ from transformers import AutoConfig, Qwen2ForCausalLM
 
 import edit.recipe.words as words
 import store
-from edit.config import RecipeConfig
 from edit.recipe.checkpoints import find, find_vision
+from edit.recipe.config import RecipeConfig
 from edit.recipe.pictures import DiffusionGenerator, EditorHarmonizer, states_of
 from edit.recipe.run import make, recipe, stages_of
 from edit.recipe.stages import Given, Made, Stage

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import polars as pl
 
-from edit.config import JudgeConfig
 from edit.judges.agreement import agreement, read_verdicts
 from edit.judges.cache import AnswerCache
+from edit.judges.config import JudgeConfig
 from edit.judges.endpoint import EndpointJudge
 from edit.judges.human_page import judge_by_hand
 from edit.judges.judge import Item, judge_all, table_of

@@ -16,8 +16,8 @@ from urllib.parse import urlsplit
 import httpx2
 from PIL import Image
 
-from edit.config import EndpointSettings
 from edit.judges.cache import Answer, AnswerCache, key_of
+from edit.judges.config import EndpointSettings
 from edit.judges.judge import Item, answer_for, verdict_of
 from edit.judges.questions import Failure, Verdict, prompt_for, shown
 from edit.judges.wire import URLS, Kind, Malformed, Wire, message_in

@@ -6,8 +6,8 @@ from http import HTTPStatus
 from pathlib import Path
 from typing import Any
 
-from edit.config import HumanSettings
 from edit.judges.cache import AnswerCache
+from edit.judges.config import HumanSettings
 from edit.judges.human import SIDES, Desk
 from edit.judges.judge import Item
 from edit.judges.questions import RUBRIC, Failure, Verdict

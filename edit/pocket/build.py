@@ -14,6 +14,7 @@ from transformers import AutoConfig
 
 from edit.editor import Settings
 from extract.pocket.build import WEIGHTS as VLM_WEIGHTS
+from store.errors import Refusal
 
 AREA = 128 * 128
 """Pixels that a picture is resized to before the autoencoder: where Qwen-Image-Edit has a million."""
@@ -61,19 +62,32 @@ def build_pipeline(vae: AutoencoderKLQwenImage, width: int, seed: int) -> QwenIm
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """Put a trained autoencoder and a transformer with drawn weights together: the editor to train."""
+    """Put the editor together: a trained autoencoder, and a transformer with drawn weights or a trained one.
 
-    out: Path = Path("runs/editor")
-    """Folder with the autoencoder; the editor comes to start in it."""
+    With drawn weights it is what `python -m edit train --train all` begins with; with the transformer of that
+    training it is the pocket editor.
+    """
+
+    vae: Path = Path("runs/editor/vae")
+    """Folder of the autoencoder, of `python -m edit.pocket vae`."""
+    transformer: Path | None = None
+    """Folder of the trained transformer; drawn weights where not given."""
+    out: Path = Path("runs/editor/start")
+    """Folder of the editor."""
     seed: int = 30_002
-    """Of the transformer's weights."""
+    """Of drawn weights."""
 
 
 def build(config: BuildConfig) -> None:
-    """Write ``start``, which `python -m edit train --train all` takes."""
-    vae = AutoencoderKLQwenImage.from_pretrained(config.out / "vae", dtype=torch.bfloat16)
-    width = AutoConfig.from_pretrained(VLM_WEIGHTS).text_config.hidden_size
-    folder = config.out / "start"
-    build_pipeline(vae, width, config.seed).save_pretrained(folder)
-    SETTINGS.save(folder)
-    print(f"saved {folder}")
+    """Write the folder of a pipeline, in bfloat16."""
+    try:
+        vae = AutoencoderKLQwenImage.from_pretrained(config.vae, dtype=torch.bfloat16)
+        width = AutoConfig.from_pretrained(VLM_WEIGHTS).text_config.hidden_size
+        pipeline = build_pipeline(vae, width, config.seed)
+        if config.transformer:
+            pipeline.transformer = QwenImageTransformer2DModel.from_pretrained(config.transformer)
+    except OSError as error:
+        raise Refusal(f"the editor's parts are not there ({str(error).splitlines()[0]}): train them first") from error
+    pipeline.to(torch.bfloat16).save_pretrained(config.out)
+    SETTINGS.save(config.out)
+    print(f"saved {config.out}")

@@ -18,10 +18,10 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from edit.config import SCENES, RecipeConfig
 from edit.recipe import dataset
 from edit.recipe.boxes import VisionBoxer, compare
 from edit.recipe.checkpoints import find, find_language, find_vision
+from edit.recipe.config import SCENES, RecipeConfig
 from edit.recipe.dataset import Sample
 from edit.recipe.reversal import Reversal
 from edit.recipe.scenes import SceneModel, SceneWriter
