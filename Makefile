@@ -88,7 +88,7 @@ report: attend ## Ask the store everything: answers, figures and one page, runs/
 causes: attend ## Train proxies again without what attention chose, and say whether they need it (about five minutes)
 	$(RUN) -m analysis causes --store $(STORE_READ) --probes $(PROBES) --out $(ANALYSIS) --retrain $(ARGS)
 
-test: setup ## Run the tests (offline, under ten minutes on two cores)
+test: setup ## Run the tests (offline, under 20 minutes on two cores)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto --dist worksteal
 
 test-slow: setup ## Run the minutes-long tests as well
