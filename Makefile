@@ -15,7 +15,7 @@ ANALYSIS ?= runs/analysis
 STORE_READ := $(or $(STORE),data/store.zarr)
 
 .PHONY: help setup test test-slow extract review verify repair inspect du probe controls referee figures attend report \
-	causes bench lint pocket clean
+	causes edits gap lora editor bench lint pocket clean
 
 help: ## Show what can be made
 	@grep -hE '^[a-z -]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-26s %s\n", $$1, $$2}'
@@ -87,6 +87,36 @@ report: attend ## Ask the store everything: answers, figures and one page, runs/
 
 causes: attend ## Train proxies again without what attention chose, and say whether they need it (about five minutes)
 	$(RUN) -m analysis causes --store $(STORE_READ) --probes $(PROBES) --out $(ANALYSIS) --retrain $(ARGS)
+
+edits: setup ## Edit 200 held-out hard scenes by every conditioning and box: runs/edit/report.html (ARGS)
+	$(RUN) -m edit evaluate --middle 10 $(ARGS)
+
+gap: setup ## The VLM's own answer against where the editor edits, on the same scenes (ARGS)
+	$(RUN) -m edit gap $(ARGS)
+
+# What the pocket editor and its LoRA are taught on; hard scenes are new to both.
+EDITING := --store data/editing.zarr --data data/editing --tasks swap removal attribute_modification --no-gradient-checkpointing
+EDITED = runs/editor
+
+data/editing.zarr: | setup
+	$(RUN) -m extract.scenes --out data/editing/easy --samples 12288 --seed 502 --difficulty easy
+	$(RUN) -m extract.scenes --out data/editing/medium --samples 32768 --seed 503 --difficulty medium
+	$(RUN) -m extract --preset pocket --layers final --attention none --no-vlm-boxes --prompt random --shuffle \
+		--held-out 0.02 --limit 40000 --data data/editing --store $@
+
+lora: data/editing.zarr ## Teach the pocket editor again to obey boxes: runs/lora (ARGS)
+	$(RUN) -m edit train $(EDITING) --steps 1500 --batch-size 16 $(ARGS)
+
+editor: data/editing.zarr ## Train the pocket editor, its LoRA and its proxy again from scratch (about three hours on two cores)
+	$(RUN) -m edit.pocket vae --steps 6000
+	$(RUN) -m edit.pocket build
+	$(RUN) -m edit train --train all $(EDITING) --editor $(EDITED)/start --out $(EDITED)/base --steps 5400 --batch-size 32 \
+		--optimizer muon --learning-rate 2e-3 --warmup 200 --change-weight 4 --average 0.999 --seed 30002
+	$(RUN) -m edit.pocket build --transformer $(EDITED)/base/transformer --out $(EDITED)/plain
+	$(RUN) -m probes train --store data/editing.zarr --layers final --seeds 0 --width 64 --steps 12000 --watch 64 --out $(EDITED)/proxies
+	$(RUN) -m edit train $(EDITING) --editor $(EDITED)/plain --out $(EDITED)/lora --steps 1500 --batch-size 16
+	$(RUN) -m edit.pocket build --transformer $(EDITED)/base/transformer --lora $(EDITED)/lora \
+		--proxy $(EDITED)/proxies/proxies/layer-final-seed0 --out $(EDITED)/pocket
 
 test: setup ## Run the tests (offline, under 20 minutes on two cores)
 	HF_HUB_OFFLINE=1 $(RUN) -m pytest -q -n auto --dist worksteal

@@ -44,8 +44,12 @@ def measure(pocket: Pocket, turns: Turns, scratch: Path) -> list[Row]:
         build_pipeline(build_vae(), pocket.plan.width, 0).to(torch.bfloat16).save_pretrained(folder)
         SETTINGS.save(folder)
         config = TrainConfig(str(asked.store), str(asked.data), str(folder), scratch / "latents", batch_size=2)
-        lora = Lora(replace(config, gradient_checkpointing=False))
-        return [*_steps(lora, turns), _memory(replace(config, batch_size=8)), *_stages(lora, turns, scratch)]
+        lora, encoder = (
+            Lora(replace(config, gradient_checkpointing=False)),
+            Encoder.of(pocket.plan.identity, asked.model),
+        )
+        rows = [*_steps(lora, encoder, turns), _memory(replace(config, batch_size=8))]
+        return rows + _stages(lora, encoder, turns, scratch)
 
 
 class Lora:
@@ -75,10 +79,10 @@ class Lora:
             optimizer.zero_grad()
 
 
-def _steps(lora: Lora, turns: Turns) -> list[Row]:
+def _steps(lora: Lora, encoder: Encoder, turns: Turns) -> list[Row]:
     """From the disk, and as without a store: the VLM and the autoencoder once more for each batch."""
     samples = lora.batches.epoch(0)[0]
-    words, encoder = lora.opened.samples["instruction"], Encoder.of(lora.opened.identity)
+    words = lora.opened.samples["instruction"]
 
     def again() -> None:
         pairs = list(lora.pairs.read(samples))
@@ -103,16 +107,16 @@ def _memory(config: TrainConfig) -> Row:
 def _peak(config: TrainConfig) -> int:
     """Most bytes of this process after two steps."""
     lora = Lora(config)
-    for batch in lora.batches(0, 2):
+    for batch in lora.batches(0, 2, lora.transformer.device):
         lora.step(batch)
     return own_memory("VmHWM")
 
 
-def _stages(lora: Lora, turns: Turns, scratch: Path) -> list[Row]:
+def _stages(lora: Lora, encoder: Encoder, turns: Turns, scratch: Path) -> list[Row]:
     """One pass for the condition and the box, beside no box, and beside asking the VLM for the box first."""
     out = scratch / "proxies"
     train_proxy(ProxyConfig(lora.config.store, out, seeds=(0,), steps=1, watch=4))
-    proxy, encoder = load(next((out / "proxies").iterdir())), Encoder.of(lora.opened.identity)
+    proxy = load(next((out / "proxies").iterdir()))
     boxed = TwoStage(encoder, lora.editor, proxy=proxy, overlay=lora.config.overlay)
     plain = replace(boxed, overlay=None)
     grounding = Conditioner(encoder.conditioner.processor, GROUND_TEMPLATE, "mrope", encoder.model.config)

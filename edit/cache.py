@@ -7,7 +7,6 @@ that none is ever read that belongs to something else.
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from tqdm import tqdm
 
+from edit.ahead import read_ahead
 from edit.editor import Editor
 from edit.overlay import Overlay, rescaled
 from edit.pairs import Pair, Pairs
@@ -28,6 +28,7 @@ from store.reader import Store
 BLOCK = 256
 """Samples in a file."""
 AHEAD = 2
+"""Blocks that are read while a GPU is at work."""
 PICTURE = ("sample_id", "image_crc32c", "x1", "y1", "x2", "y2")
 
 
@@ -79,19 +80,13 @@ def build(
     folder.mkdir(parents=True, exist_ok=True)
     blocks = {number: samples[number * BLOCK : (number + 1) * BLOCK] for number in range(-(-len(samples) // BLOCK))}
     left = [n for n in blocks if n % ranks == rank and not (folder / _file(n)).exists()]
-    with (
-        ThreadPoolExecutor(1, "read") as reading,
-        tqdm(
-            total=sum(len(blocks[number]) for number in left), unit="pair", desc="latents", disable=not left or rank > 0
-        ) as bar,
-    ):
-        coming = [reading.submit(lambda n=n: list(pairs.read(blocks[n]))) for n in left[:AHEAD]]
-        for place, number in enumerate(left):
-            found = coming.pop(0).result()
-            if place + AHEAD < len(left):
-                coming.append(reading.submit(lambda n=left[place + AHEAD]: list(pairs.read(blocks[n]))))
-            _write(folder / _file(number), found, editor, overlay)
-            bar.update(len(found))
+    found = read_ahead(lambda n: list(pairs.read(blocks[n])), left, AHEAD, editor.pipeline.device)
+    with tqdm(
+        total=sum(len(blocks[number]) for number in left), unit="pair", desc="latents", disable=not left or rank > 0
+    ) as bar:
+        for number, block in zip(left, found, strict=True):
+            _write(folder / _file(number), block, editor, overlay)
+            bar.update(len(block))
 
 
 def load(root: Path, opened: Store, editor: Editor, samples: Sequence[int], overlay: Overlay | None) -> Cache:

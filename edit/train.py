@@ -9,7 +9,7 @@ import os
 import shutil
 import time
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 
 import numpy as np
@@ -22,10 +22,12 @@ from peft import LoraConfig
 from peft.utils import get_peft_model_state_dict
 from PIL import Image
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from tqdm import tqdm
 
 import store
 from edit import cache
+from edit.ahead import read_ahead
 from edit.checkpoints import load_checkpoint, save_checkpoint
 from edit.config import TrainConfig
 from edit.editor import Editor, pack
@@ -39,6 +41,7 @@ TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 """Where the adapters go: the picture stream's attention of every block [ABP, appendix]."""
 LORA_WEIGHTS = "pytorch_lora_weights.safetensors"
 LORA_SETTINGS = "lora.json"
+LOG = "log.jsonl"
 AHEAD = 4
 """Batches that are read while a GPU is at work."""
 VALIDATION_RANK = 1 << 20
@@ -90,23 +93,10 @@ class Batches:
             batches += [members[i : i + self.across] for i in range(0, len(members) - self.across + 1, self.across)]
         return [batches[place].tolist() for place in rng.permutation(len(batches))]
 
-    def __call__(self, start: int, stop: int, ahead: int = 0) -> Iterator[Batch]:
-        """Batches ``start`` to ``stop``, so many read ahead of their use.
-
-        On a CPU none should be: whoever reads would take turns with the threads that compute, at twice the time.
-        """
-        with ThreadPoolExecutor(2, "batches") as pool:
-            coming = []
-            for samples in self._order(start, stop):
-                own = samples[self.rank :: self.ranks]
-                if not ahead:
-                    yield self.read(own)
-                    continue
-                coming.append(pool.submit(self.read, own))
-                if len(coming) > ahead:
-                    yield coming.pop(0).result()
-            for future in coming:
-                yield future.result()
+    def __call__(self, start: int, stop: int, device: torch.device) -> Iterator[Batch]:
+        """Batches ``start`` to ``stop``, for a device."""
+        own = (samples[self.rank :: self.ranks] for samples in self._order(start, stop))
+        return read_ahead(self.read, own, AHEAD, device)
 
     def _order(self, start: int, stop: int) -> Iterator[list[int]]:
         per_epoch = len(self.epoch(0))
@@ -272,11 +262,7 @@ def train(config: TrainConfig) -> None:
     validation = Validation(config, kept["test"], states, editor, pairs, overlay)
     began, losses = time.time(), []
     bar = tqdm(
-        batches(
-            start * config.accumulate,
-            config.steps * config.accumulate,
-            ahead=0 if accelerator.device.type == "cpu" else AHEAD,
-        ),
+        batches(start * config.accumulate, config.steps * config.accumulate, accelerator.device),
         initial=start * config.accumulate,
         total=config.steps * config.accumulate,
         unit="batch",
@@ -338,9 +324,19 @@ def accelerate(config: TrainConfig) -> Accelerator:
     return accelerator
 
 
-def mixed(config: TrainConfig, device: torch.device) -> torch.autocast:
-    """Computing in bfloat16 on weights that are held otherwise."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=config.base != "float32")
+@contextmanager
+def mixed(config: TrainConfig, device: torch.device) -> Iterator[None]:
+    """Computing in bfloat16 on weights that are held otherwise.
+
+    On a CPU attention is plain products and a softmax, in bfloat16 as well: torch's fused kernel takes longer there
+    than all else in a small transformer's step.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(torch.autocast(device.type, torch.bfloat16, enabled=config.base != "float32"))
+        if device.type == "cpu":
+            torch.backends.cuda.allow_fp16_bf16_reduction_math_sdp(True)
+            stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        yield
 
 
 def held_as(config: TrainConfig) -> torch.dtype:
@@ -352,7 +348,7 @@ class Log:
     """log.jsonl: the settings of every start, then a line a validation."""
 
     def __init__(self, config: TrainConfig, start: int, main: bool):
-        self._file = (config.out / "log.jsonl").open("a") if main else None
+        self._file = (config.out / LOG).open("a") if main else None
         if self._file:
             self.write(from_step=start, **asdict(config))
 

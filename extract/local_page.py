@@ -22,8 +22,10 @@ FILES = {
     "": ("page.html", "text/html; charset=utf-8"),
     "page.css": ("page.css", "text/css; charset=utf-8"),
     "page.js": ("page.js", "text/javascript; charset=utf-8"),
+    "local.js": (Path(__file__).with_suffix(".js"), "text/javascript; charset=utf-8"),
 }
-"""Where each file of a page is asked for, its name in the page's folder, its content type."""
+"""Where each file of a page is asked for, its name in the page's folder (the script that all share: its path), its
+content type."""
 HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' blob: data:; "

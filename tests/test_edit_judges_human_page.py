@@ -4,9 +4,8 @@ import time
 
 import polars as pl
 import pytest
-from browsing import DESKTOP, PHONE, browsing, needs_browser, resize
+from browsing import DESKTOP, PHONE, LivePage, browsing, needs_browser
 from judging import picture
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.keys import Keys
 from serving import Serving
 
@@ -49,28 +48,13 @@ def running(tmp_path_factory):
         yield serving
 
 
-class Page:
+class Page(LivePage):
     """What a person sees of the page and does to it."""
 
     def __init__(self, browser, serving, size):
-        self.browser, self.serving = browser, serving
-        resize(browser, size)
-        browser.get("about:blank")
-        browser.get_log("browser")
-        browser.get(serving.url)
+        super().__init__(browser, serving.url, size)
+        self.serving = serving
         self.until(lambda: self.ready)
-
-    def js(self, code, *given):
-        return self.browser.execute_script(f"return {code}", *given)
-
-    def until(self, holds):
-        end = time.monotonic() + 20
-        while not holds():
-            assert time.monotonic() < end, f"the page stays at: {self.text('body')}"
-            time.sleep(0.02)
-
-    def text(self, which):
-        return self.js("document.querySelector(arguments[0]).innerText", which)
 
     @property
     def place(self):
@@ -87,15 +71,6 @@ class Page:
     def grades(self, place=None):
         """The answers that the server has kept."""
         return self.serving.ask(f"pairs/{self.place if place is None else place}")[1]["grades"]
-
-    def keys(self, *keys, held=None):
-        pressed = ActionChains(self.browser, duration=0)
-        if held:
-            pressed.key_down(held)
-        pressed.send_keys(*keys)
-        if held:
-            pressed.key_up(held)
-        pressed.perform()
 
     def to(self, place, *keys):
         """Press keys after which that pair is shown."""

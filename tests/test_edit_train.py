@@ -18,6 +18,7 @@ from tiny_editor import SAMPLES, tiny_editor, tiny_study
 import store
 from edit import cache
 from edit import train as training
+from edit.ahead import read_ahead
 from edit.config import TrainConfig
 from edit.editor import Editor, Settings, call_at, pack
 from edit.frames import for_single_frames
@@ -28,6 +29,8 @@ from edit.stages import lora_settings
 from edit.states import StoredStates
 from edit.train import Batch, Batches, draw, flow_loss, rate, train
 from store.errors import Refusal
+
+CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
@@ -328,13 +331,29 @@ def test_batches_are_of_one_size_and_every_epoch_has_each_sample_once(study, con
     assert all(len({kept.sizes[sample] for sample in batch}) == 1 for batch in first)
     flat = [sample for batch in first for sample in batch]
     assert len(flat) == len(set(flat)) and set(flat) <= set(samples)
-    halves = [list(Batches(dataclasses.replace(config, batch_size=1), kept, states, rank, 2)(0, 3)) for rank in (0, 1)]
-    whole = list(batches(0, 3))
+    halves = [
+        list(Batches(dataclasses.replace(config, batch_size=1), kept, states, rank, 2)(0, 3, CPU)) for rank in (0, 1)
+    ]
+    whole = list(batches(0, 3, CPU))
     for number, batch in enumerate(whole):
         assert torch.equal(batch.target, torch.cat([half[number].target for half in halves]))
-    assert all(torch.equal(a.states, b.states) for a, b in zip(whole, batches(0, 3, ahead=2), strict=True))
-    later = next(iter(batches(2, 3)))
+    later = next(iter(batches(2, 3, CPU)))
     assert torch.equal(later.source, whole[2].source)
+
+
+def test_a_gpu_is_read_ahead_of_and_a_cpu_is_not():
+    begun = []
+
+    def read(job):
+        begun.append(job)
+        return 10 * job
+
+    ahead = read_ahead(read, range(6), 3, torch.device("cuda"))
+    assert next(ahead) == 0
+    assert set(begun) <= set(range(4)) and list(ahead) == [10, 20, 30, 40, 50], "no more than so many ahead"
+    begun.clear()
+    in_turn = read_ahead(read, range(6), 3, CPU)
+    assert next(in_turn) == 0 and begun == [0] and list(in_turn) == [10, 20, 30, 40, 50]
 
 
 def test_latents_are_encoded_once_and_never_taken_for_others(study, config, trained, monkeypatch):

@@ -430,7 +430,12 @@ def served(reviewed, scenes, tmp_path_factory):
 
 
 def test_the_page_its_samples_and_its_pictures_are_served_with_strict_headers(served, scenes):
-    for path, word in (("", b"<!doctype html>"), ("page.css", b"#overlay"), ("page.js", b"use strict")):
+    for path, word in (
+        ("", b"<!doctype html>"),
+        ("page.css", b"#overlay"),
+        ("page.js", b"use strict"),
+        ("local.js", b"use strict"),
+    ):
         status, data = served.ask(path)
         assert status == 200 and word in data
         assert "default-src 'none'" in served.headers["Content-Security-Policy"]

@@ -4,9 +4,8 @@ import time
 
 import polars as pl
 import pytest
-from browsing import DESKTOP, PHONE, browsing, needs_browser, resize
+from browsing import DESKTOP, PHONE, LivePage, browsing, needs_browser, resize
 from reviewing import Review, lines, make_store
-from selenium.webdriver.common.action_chains import ActionChains
 from selenium.webdriver.common.actions.action_builder import ActionBuilder
 from selenium.webdriver.common.actions.interaction import POINTER_MOUSE, POINTER_TOUCH
 from selenium.webdriver.common.actions.pointer_input import PointerInput
@@ -49,29 +48,14 @@ def reviewed(scenes, tmp_path_factory):
     return make_store(path, scenes, INSTRUCTIONS, image_crc32c=crc)
 
 
-class Page:
+class Page(LivePage):
     """What a person sees of a review and does to it."""
 
     def __init__(self, browser, review, size):
-        self.browser, self.review, self.path = browser, review, review.out
+        self.review, self.path = review, review.out
         self.earlier = len(lines(self.path))
-        resize(browser, size)
-        browser.get("about:blank")
-        browser.get_log("browser")
-        browser.get(review.url)
+        super().__init__(browser, review.url, size)
         self.until(lambda: self.number is not None and self.ready)
-
-    def js(self, code, *given):
-        return self.browser.execute_script(f"return {code}", *given)
-
-    def until(self, holds):
-        end = time.monotonic() + 60
-        while not holds():
-            assert time.monotonic() < end, f"the page stays at: {self.text('body')}"
-            time.sleep(0.02)
-
-    def text(self, which):
-        return self.js("document.querySelector(arguments[0]).innerText", which)
 
     @property
     def number(self):
@@ -84,15 +68,6 @@ class Page:
     @property
     def box(self):
         return self.js("box")
-
-    def keys(self, *keys, held=None):
-        pressed = ActionChains(self.browser, duration=0)
-        if held:
-            pressed.key_down(held)
-        pressed.send_keys(*keys)
-        if held:
-            pressed.key_up(held)
-        pressed.perform()
 
     def to(self, number, *keys):
         """Press keys after which that sample is shown."""

@@ -1,5 +1,6 @@
 """The pocket editor's parts: the classes of Qwen-Image-Edit with small configs."""
 
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,12 +14,18 @@ from diffusers import (
 from transformers import AutoConfig
 
 from edit.editor import Settings
+from edit.stages import lora_settings
+from edit.train import LOG, LORA_SETTINGS, LORA_WEIGHTS
 from extract.pocket.build import WEIGHTS as VLM_WEIGHTS
+from probes.trained import MAKING as PROXY_MAKING
+from probes.trained import WEIGHTS as PROXY_WEIGHTS
+from probes.trained import load as load_proxy
 from store.errors import Refusal
 
 AREA = 128 * 128
 """Pixels that a picture is resized to before the autoencoder: where Qwen-Image-Edit has a million."""
 LATENT_CHANNELS = 16
+VAE_LOG = "vae.jsonl"
 WEIGHTS = Path(__file__).parent / "weights"
 SETTINGS = Settings(area=AREA, multiple=16, steps=12)
 
@@ -36,15 +43,15 @@ def build_vae() -> AutoencoderKLQwenImage:
 
 
 def build_transformer(width: int) -> QwenImageTransformer2DModel:
-    """Eight double-stream blocks of width 160, with five heads of 32, for conditions of ``width``: 7.6 million."""
+    """Eight double-stream blocks of width 160, with four heads of 40, for conditions of ``width``: 7.6 million."""
     return QwenImageTransformer2DModel(
         in_channels=4 * LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         num_layers=8,
-        attention_head_dim=32,
-        num_attention_heads=5,
+        attention_head_dim=40,
+        num_attention_heads=4,
         joint_attention_dim=width,
-        axes_dims_rope=(8, 12, 12),
+        axes_dims_rope=(8, 16, 16),
     )
 
 
@@ -65,13 +72,17 @@ class BuildConfig:
     """Put the editor together: a trained autoencoder, and a transformer with drawn weights or a trained one.
 
     With drawn weights it is what `python -m edit train --train all` begins with; with the transformer of that
-    training it is the pocket editor.
+    training it is the pocket editor, and its LoRA and its proxy can lie beside it. Logs of training come along.
     """
 
     vae: Path = Path("runs/editor/vae")
     """Folder of the autoencoder, of `python -m edit.pocket vae`."""
     transformer: Path | None = None
     """Folder of the trained transformer; drawn weights where not given."""
+    lora: Path | None = None
+    """Folder of the LoRA that sees boxes, of `python -m edit train`."""
+    proxy: Path | None = None
+    """Folder of the proxy that finds the box, of `python -m probes train`."""
     out: Path = Path("runs/editor/start")
     """Folder of the editor."""
     seed: int = 30_002
@@ -88,6 +99,21 @@ def build(config: BuildConfig) -> None:
             pipeline.transformer = QwenImageTransformer2DModel.from_pretrained(config.transformer)
     except OSError as error:
         raise Refusal(f"the editor's parts are not there ({str(error).splitlines()[0]}): train them first") from error
+    if config.lora:
+        lora_settings(config.lora)
+    if config.proxy:
+        load_proxy(config.proxy)
     pipeline.to(torch.bfloat16).save_pretrained(config.out)
     SETTINGS.save(config.out)
+    copied = {Path("vae") / LOG: config.vae.parent / VAE_LOG}
+    if config.transformer:
+        copied[Path("transformer") / LOG] = config.transformer.parent / LOG
+    if config.lora:
+        copied |= {Path("lora") / name: config.lora / name for name in (LORA_WEIGHTS, LORA_SETTINGS, LOG)}
+    if config.proxy:
+        copied |= {Path("proxy") / name: config.proxy / name for name in (PROXY_MAKING, PROXY_WEIGHTS)}
+    for name, source in copied.items():
+        if source.exists():
+            (config.out / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(source, config.out / name)
     print(f"saved {config.out}")

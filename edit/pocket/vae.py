@@ -18,7 +18,7 @@ from tqdm import tqdm
 from edit.checkpoints import load_checkpoint, save_checkpoint
 from edit.frames import for_single_frames
 from edit.overlay import Overlay
-from edit.pocket.build import AREA, LATENT_CHANNELS, build_vae
+from edit.pocket.build import AREA, LATENT_CHANNELS, VAE_LOG, build_vae
 from extract.scenes.scene import DIFFICULTIES, Scene, bounding_box, draw_scene, edited_things, paint, restyle
 
 CROPS = 4
@@ -32,11 +32,11 @@ VALIDATION = 32
 
 @dataclass(frozen=True)
 class VaeConfig:
-    """Train the pocket editor's autoencoder from scratch (about an hour on one core); resumes from its checkpoint."""
+    """Train the pocket editor's autoencoder from scratch (half an hour on one core); goes on from its checkpoint."""
 
     out: Path = Path("runs/editor")
     """Folder for checkpoints, vae.jsonl and the finished autoencoder."""
-    steps: int = 12_000
+    steps: int = 6_000
     """Optimizer steps."""
     batch_size: int = 8
     """Crops a step."""
@@ -204,7 +204,7 @@ def train_vae(config: VaeConfig) -> None:
     pictures = validation(config)
     averages: dict[str, float] = {}
     began = time.time()
-    with (config.out / "vae.jsonl").open("a") as log:
+    with (config.out / VAE_LOG).open("a") as log:
         log.write(json.dumps({"from_step": start} | asdict(config), default=str) + "\n")
         bar = tqdm(batches, initial=start, total=config.steps, unit="step", mininterval=5)
         for step, frames in enumerate(bar, start):

@@ -1,7 +1,6 @@
 // The page on which a person judges edited pictures. A pair is known by its place alone.
 "use strict";
 
-const $ = (id) => document.getElementById(id);
 const SIDES = ["source", "edited"];
 const PACED = 30; // pairs whose time is looked at
 
@@ -17,43 +16,10 @@ let one = false; // one picture at a time, in one place
 let begun = 0; // when the pair was shown
 const seconds = []; // how long the last pairs took
 const given = []; // answers of this page, for undo: {place, question, before}
-const pictures = new Map(); // "place/side" → promise of an object URL
 
-async function ask(path, body) {
-  const sent = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  let answer;
-  try {
-    answer = await fetch(path, { cache: "no-store", ...sent });
-  } catch {
-    throw new Error("The command does not answer; all answers that were confirmed are kept. Start it again and open the address it prints.");
-  }
-  if (answer.ok) return answer;
-  const told = await answer.json().catch(() => ({ error: answer.statusText }));
-  throw new Error(told.error);
-}
-
-function picture(place, side) {
-  const name = `${place}/${side}`;
-  if (!pictures.has(name)) {
-    const found = ask(`pictures/${name}`).then(async (answer) => URL.createObjectURL(await answer.blob()));
-    found.catch(() => pictures.delete(name)); // asked again next time
-    pictures.set(name, found);
-    if (pictures.size > 12) {
-      const [oldest, old] = pictures.entries().next().value;
-      pictures.delete(oldest);
-      old.then(URL.revokeObjectURL, () => {});
-    }
-  }
-  return pictures.get(name);
-}
+const picture = (place, side) => pictureOf(`${place}/${side}`, 12);
 
 // ---- which pair ------------------------------------------------------------------------------------------------
-
-function go(place) {
-  const hash = place === null ? "#end" : `#${place + 1}`;
-  if (location.hash === hash) return show();
-  location.hash = hash; // the browser's own back and forward work, too
-}
 
 let turn = 0;
 let wanted = null; // the question to begin with, after an undo
@@ -114,16 +80,6 @@ function end() {
 }
 
 // ---- what is seen ----------------------------------------------------------------------------------------------
-
-function notice(text) {
-  $("notice").hidden = text === null;
-  $("notice").textContent = text ?? "";
-}
-
-function say(text, bad = false) {
-  $("said").textContent = text;
-  $("said").classList.toggle("bad", bad);
-}
 
 function pace() {
   if (seconds.length < 3 || !left()) return "";

@@ -1,7 +1,6 @@
 // The page of a review. Boxes are [x1, y1, x2, y2] in source pixels everywhere but in draw().
 "use strict";
 
-const $ = (id) => document.getElementById(id);
 const MARKS = { accepted: "✓ accepted", fixed: "✎ fixed", rejected: "✕ rejected" };
 const REACH = { mouse: 9, pen: 14, touch: 22 }; // CSS pixels from an edge that still grab it
 const LEAST_DRAG = 4; // CSS pixels; a shorter drag draws nothing
@@ -17,44 +16,12 @@ let drag = null;
 let progress = null;
 const drafts = new Map(); // place → {box, past}: changes of boxes that have no verdict yet
 const given = []; // verdicts of this page, for undo: {place, sample_id, before, draft}
-const pictures = new Map(); // place → promise of an object URL
 
-async function ask(path, body) {
-  const sent = body && { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) };
-  let answer;
-  try {
-    answer = await fetch(path, { cache: "no-store", ...sent });
-  } catch {
-    throw new Error("The review command does not answer; all that was confirmed is kept. Start it again and open the address it prints.");
-  }
-  if (answer.ok) return answer;
-  const told = await answer.json().catch(() => ({ error: answer.statusText }));
-  throw new Error(told.error);
-}
-
-function picture(place) {
-  if (!pictures.has(place)) {
-    const found = ask(`pictures/${place}`).then(async (answer) => URL.createObjectURL(await answer.blob()));
-    found.catch(() => pictures.delete(place)); // asked again next time
-    pictures.set(place, found);
-    if (pictures.size > 6) {
-      const [oldest, old] = pictures.entries().next().value;
-      pictures.delete(oldest);
-      old.then(URL.revokeObjectURL, () => {});
-    }
-  }
-  return pictures.get(place);
-}
+const picture = (place) => pictureOf(place, 6);
 
 // ---- which sample ----------------------------------------------------------------------------------------------
 
 const here = () => Number(location.hash.slice(1)) - 1;
-
-function go(place) {
-  const hash = place === null ? "#end" : `#${place + 1}`;
-  if (location.hash === hash) return show();
-  location.hash = hash; // the browser's own back and forward work, too
-}
 
 let turn = 0;
 async function show() {
@@ -111,16 +78,6 @@ function end() {
 }
 
 // ---- what is seen ----------------------------------------------------------------------------------------------
-
-function notice(text) {
-  $("notice").hidden = text === null;
-  $("notice").textContent = text ?? "";
-}
-
-function say(text, bad = false) {
-  $("said").textContent = text;
-  $("said").classList.toggle("bad", bad);
-}
 
 const same = (a, b) => a === b || (a && b && a.every((value, side) => value === b[side]));
 const changed = () => box !== null && !same(box, sample.box);
