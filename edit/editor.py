@@ -30,22 +30,6 @@ MEND = "install diffusers 0.42"
 WANTED = "the folder of a Qwen-Image-Edit pipeline, as its save_pretrained writes it, or a hub id"
 
 
-def shipped(folder: Path) -> Path:
-    """A folder of the pocket editor's weights.
-
-    Raises
-    ------
-    Refusal
-        They are not there.
-    """
-    if not folder.is_dir():
-        raise Refusal(
-            f"the pocket editor's weights are not shipped yet (no {folder.name}): give --editor, --lora and "
-            "--proxy of your own; docs/editing.md says how they are made"
-        )
-    return folder
-
-
 @dataclass(frozen=True)
 class Settings:
     """How an editor is run; kept beside its weights as editor.json."""
@@ -121,7 +105,7 @@ class Editor:
         Refusal
             There is none, it cannot be loaded from safetensors, or bitsandbytes is needed and not installed.
         """
-        folder = shipped(POCKET_WEIGHTS) if folder == POCKET else folder
+        folder = POCKET_WEIGHTS if folder == POCKET else folder
         parts = dict.fromkeys(("text_encoder", "tokenizer", "processor"))
         if nf4 and not (torch.cuda.is_available() and find_spec("bitsandbytes")):
             raise Refusal("weights in nf4 need a CUDA device and bitsandbytes (pip install bitsandbytes): or take fp8")

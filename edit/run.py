@@ -17,7 +17,7 @@ import probes
 import store
 from edit.conditions import Conditioning
 from edit.config import POCKET, POCKET_LORA, POCKET_PROXY, RunConfig, StagesConfig
-from edit.editor import Editor, shipped
+from edit.editor import Editor
 from edit.stages import TwoStage
 from extract.encoder import Encoder
 from extract.model import find_device
@@ -103,18 +103,18 @@ def load_stages(config: StagesConfig, conditioning: Conditioning | None = None, 
     device = find_device(config.device)
     proxy = None
     if finds and config.proxy is not None and config.lora is not None:
-        proxy = probes.load(shipped(POCKET_PROXY) if config.proxy == POCKET else config.proxy)
+        proxy = probes.load(POCKET_PROXY if config.proxy == POCKET else config.proxy)
     if proxy is not None:
         encoder = proxy.encoder(config.vlm)
     elif config.store is not None:
         encoder = Encoder.of(store.open(config.store).identity, config.vlm, device=config.device)
     else:
-        encoder = probes.load(shipped(POCKET_PROXY)).encoder(config.vlm)
+        encoder = probes.load(POCKET_PROXY).encoder(config.vlm)
     editor = Editor.load(config.editor, getattr(torch, config.dtype), device)
     stages = TwoStage(encoder, editor, conditioning or Conditioning(), proxy)
     if config.lora is None:
         return stages
-    return stages.with_lora(shipped(POCKET_LORA) if config.lora == POCKET else Path(config.lora))
+    return stages.with_lora(POCKET_LORA if config.lora == POCKET else Path(config.lora))
 
 
 def settings_of(config: StagesConfig, stages: TwoStage) -> dict[str, Any]:

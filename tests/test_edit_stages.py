@@ -16,7 +16,8 @@ import store
 from edit.conditions import Conditioning, condition
 from edit.config import RunConfig, TrainConfig
 from edit.editor import Editor
-from edit.overlay import rescaled
+from edit.evaluate import held_out
+from edit.overlay import Overlay, rescaled
 from edit.stages import TwoStage, lora_settings
 from edit.train import LORA_SETTINGS, train
 from extract.encoder import Encoder
@@ -287,11 +288,21 @@ def test_a_command_that_makes_no_sense_is_refused(wrong, said):
         RunConfig(**wrong)
 
 
-def test_weights_that_are_not_there_are_refused_in_plain_words(picture, tmp_path, monkeypatch):
-    monkeypatch.setattr("edit.run.POCKET_PROXY", tmp_path / "proxy")
-    picture.save(tmp_path / "one.png")
-    done = run_here("edit", "run", "--picture", tmp_path / "one.png", "--instruction", INSTRUCTION, "--out", tmp_path)
-    assert done.returncode == 2 and "not shipped yet" in done.stderr and "docs/editing.md" in done.stderr
+def test_the_shipped_editor_edits_from_the_command_line(tmp_path):
+    (scene,) = held_out(1, 3, "easy")
+    scene.picture.save(tmp_path / "one.png")
+    given = ("--picture", tmp_path / "one.png", "--instruction", scene.instruction, "--out", tmp_path / "out")
+    done = run_here("edit", "run", *given)
+    assert done.returncode == 0, done.stderr
+    label = json.loads((tmp_path / "out" / "one.json").read_text())
+    assert label["overlay"] == Overlay().as_dict() and label["conditioning"]["way"] == "last"
+    x1, y1, x2, y2 = label["box"]
+    assert 0 <= x1 < x2 <= scene.picture.width and 0 <= y1 < y2 <= scene.picture.height
+    made = Image.open(tmp_path / "out" / "one.png")
+    assert made.size == scene.picture.size
+    changed = np.abs(np.asarray(made, int) - np.asarray(scene.picture, int)).mean(2)
+    left, top, right, bottom = scene.row["box"]
+    assert changed[top:bottom, left:right].mean() > 3 * np.median(changed), "the edit is where it belongs"
 
 
 def test_names_of_samples_become_names_of_files():

@@ -1,5 +1,6 @@
 """The pocket editor's parts: the classes of Qwen-Image-Edit with small configs."""
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,9 +112,13 @@ def build(config: BuildConfig) -> None:
     if config.lora:
         copied |= {Path("lora") / name: config.lora / name for name in (LORA_WEIGHTS, LORA_SETTINGS, LOG)}
     if config.proxy:
-        copied |= {Path("proxy") / name: config.proxy / name for name in (PROXY_MAKING, PROXY_WEIGHTS)}
+        copied[Path("proxy") / PROXY_WEIGHTS] = config.proxy / PROXY_WEIGHTS
     for name, source in copied.items():
         if source.exists():
             (config.out / name).parent.mkdir(exist_ok=True)
             shutil.copyfile(source, config.out / name)
+    if config.proxy:
+        making = json.loads((config.proxy / PROXY_MAKING).read_text())
+        making["store"]["path"] = Path(making["store"]["path"]).name  # where it lay is nobody's business
+        (config.out / "proxy" / PROXY_MAKING).write_text(json.dumps(making, indent=1) + "\n")
     print(f"saved {config.out}")
