@@ -48,7 +48,7 @@ def measure(pocket: Pocket, turns: Turns, scratch: Path) -> list[Row]:
             Lora(replace(config, gradient_checkpointing=False)),
             Encoder.of(pocket.plan.identity, asked.model),
         )
-        rows = [*_steps(lora, encoder, turns), _memory(replace(config, batch_size=8))]
+        rows = [*_steps(lora, encoder, turns), _memory(replace(config, batch_size=4))]
         return rows + _stages(lora, encoder, turns, scratch)
 
 
@@ -115,7 +115,7 @@ def _peak(config: TrainConfig) -> int:
 def _stages(lora: Lora, encoder: Encoder, turns: Turns, scratch: Path) -> list[Row]:
     """One pass for the condition and the box, beside no box, and beside asking the VLM for the box first."""
     out = scratch / "proxies"
-    train_proxy(ProxyConfig(lora.config.store, out, seeds=(0,), steps=1, watch=4))
+    train_proxy(ProxyConfig(lora.config.store, out, seeds=(0,), steps=1, batch=8, watch=4))
     proxy = load(next((out / "proxies").iterdir()))
     boxed = TwoStage(encoder, lora.editor, proxy=proxy, overlay=lora.config.overlay)
     plain = replace(boxed, overlay=None)

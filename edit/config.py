@@ -178,7 +178,7 @@ class EvaluateConfig(StagesConfig):
     """Scenes."""
     seed: int = 90_001
     """Names the set of scenes; training scenes have other seeds."""
-    difficulty: Literal["easy", "medium", "hard"] = "hard"
+    difficulty: Literal["easy", "medium", "hard", "named"] = "hard"
     """As of `python -m extract.scenes`."""
     methods: tuple[str, ...] = ()
     """plain, norm-average, description, middle, our-box, true-box, wrong-box, unedited; all if not given (middle needs
@@ -237,7 +237,7 @@ class GapConfig(StagesConfig):
     """Pictures."""
     seed: int = 90_001
     """Names the set of scenes."""
-    difficulty: Literal["easy", "medium", "hard"] = "hard"
+    difficulty: Literal["easy", "medium", "hard", "named"] = "hard"
     """Of the scenes."""
     out: Path = Path("runs/gap")
     """Folder for edited pictures, gap.parquet and gap.json."""

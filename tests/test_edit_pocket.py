@@ -79,7 +79,7 @@ def test_an_interrupted_training_ends_with_the_same_autoencoder(quick, tmp_path,
     assert len(stored.config.latents_std) == 16 and min(stored.config.latents_std) > 0
     start, again = tmp_path / "start", tmp_path / "again"
     build(BuildConfig(tmp_path / "whole" / "vae", out=start))
-    build(BuildConfig(tmp_path / "whole" / "vae", start / "transformer", again, seed=1))
+    build(BuildConfig(tmp_path / "whole" / "vae", start / "transformer", out=again, seed=1))
     editor, other = Editor.load(start), Editor.load(again)
     assert editor.settings == SETTINGS and isinstance(editor.pipeline, QwenImageEditPipeline)
     drawn, taken = (one.pipeline.transformer.state_dict() for one in (editor, other))

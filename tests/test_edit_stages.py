@@ -295,7 +295,7 @@ def test_the_shipped_editor_edits_from_the_command_line(tmp_path):
     done = run_here("edit", "run", *given)
     assert done.returncode == 0, done.stderr
     label = json.loads((tmp_path / "out" / "one.json").read_text())
-    assert label["overlay"] == Overlay().as_dict() and label["conditioning"]["way"] == "last"
+    assert Overlay.of(label["overlay"]) == Overlay() and label["conditioning"]["way"] == "last"
     x1, y1, x2, y2 = label["box"]
     assert 0 <= x1 < x2 <= scene.picture.width and 0 <= y1 < y2 <= scene.picture.height
     made = Image.open(tmp_path / "out" / "one.png")

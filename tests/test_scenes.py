@@ -88,6 +88,17 @@ def test_hard_scenes_show_four_to_nine_alike_told_by_position_alone(rows):
         assert all(len(text) > 8 for text in scene.instructions)
 
 
+def test_named_scenes_tell_the_target_by_what_it_is_alone():
+    for index in range(100):
+        scene = draw_scene(11, index, "named")
+        target = scene.things[scene.wish.target]
+        fits = {f"the {t.colour} {t.kind}" for t in scene.things} | {f"the {t.kind}" for t in scene.things}
+        assert scene.wish.task in OBJECT_TASKS and 3 <= len(scene.things) <= 9
+        assert scene.reference in fits and scene.reference.endswith(target.kind)
+        alike = [t for t in scene.things if scene.reference in (f"the {t.colour} {t.kind}", f"the {t.kind}")]
+        assert alike == [target], "it fits one object"
+
+
 def test_a_position_phrase_names_one_object_only():
     for index in range(300):
         scene = draw_scene(12, index, "hard")

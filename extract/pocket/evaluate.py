@@ -37,7 +37,7 @@ class EvaluateConfig:
     seed: int = 7
     """Seed of the scenes; training used seed 20001."""
     difficulty: str = "hard"
-    """easy, medium or hard."""
+    """easy, medium, hard or named."""
     model: Path = WEIGHTS
     """Folder of the model; the shipped weights by default."""
     batch_size: int = 50

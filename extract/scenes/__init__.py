@@ -6,7 +6,7 @@
 ``scene``     one scene from (seed, index, difficulty): picture before and after, boxes, masks
 ``shards``    rows of OmniEdit's columns, written as parquet
 
-``python -m extract.scenes --out DIR --samples N --seed S --difficulty {easy,medium,hard}``
+``python -m extract.scenes --out DIR --samples N --seed S --difficulty {easy,medium,hard,named}``
 """
 
 from extract.scenes.scene import DIFFICULTIES, OBJECT_TASKS, TASKS, Scene, draw_scene

@@ -8,7 +8,7 @@ from PIL import Image, ImageFilter, ImageOps
 from extract.scenes import language, layout, shapes
 from extract.scenes.language import Wish
 
-DIFFICULTIES = ("easy", "medium", "hard")
+DIFFICULTIES = ("easy", "medium", "hard", "named")
 TASKS = ("swap", "removal", "addition", "attribute_modification", "env", "style")
 OBJECT_TASKS = ("swap", "removal", "attribute_modification")
 ASPECTS = ((1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16))
@@ -56,7 +56,7 @@ class Scene:
 
 
 def _count_range(difficulty: str) -> tuple[int, int]:
-    return {"easy": (3, 5), "medium": (3, 9), "hard": (4, 9)}[difficulty]
+    return {"easy": (3, 5), "medium": (3, 9), "hard": (4, 9), "named": (3, 9)}[difficulty]
 
 
 def _things(rng: np.random.Generator, difficulty: str, arrangement: layout.Arrangement, background: str) -> tuple:
@@ -83,9 +83,9 @@ def _things(rng: np.random.Generator, difficulty: str, arrangement: layout.Arran
 
 
 def _reference(rng: np.random.Generator, difficulty: str, things: tuple, arrangement, target: int) -> str | None:
-    """A phrase that singles out ``target``: by position alone (hard), else by position, attribute or both."""
+    """A phrase for ``target`` alone: by position (hard), by attribute (named), else by position, attribute or both."""
     thing = things[target]
-    by_position = language.by_position(arrangement, target, thing.kind)
+    by_position = [] if difficulty == "named" else language.by_position(arrangement, target, thing.kind)
     if difficulty == "hard":
         return by_position[rng.integers(len(by_position))] if by_position else None
     alike = [t for t in things if (t.colour, t.kind) == (thing.colour, thing.kind)]
@@ -169,7 +169,8 @@ def draw_scene(seed: int, index: int, difficulty: str = "hard", aspect: tuple[in
         Name the scene; each scene has a random stream of its own, so any subset can be drawn in any order.
     difficulty : str
         ``easy``: 3–5 objects of mixed kinds; ``medium``: 3–9, one kind or mixed, some occlusion, every task;
-        ``hard``: 4–9 alike, the target told by position alone [ABP §4.1].
+        ``hard``: 4–9 alike, the target told by position alone [ABP §4.1]; ``named``: 3–9 mixed, the target told by
+        what it is alone.
     aspect : tuple of int, optional
         Width to height; drawn at random where not given.
     """
@@ -197,7 +198,7 @@ def draw_scene(seed: int, index: int, difficulty: str = "hard", aspect: tuple[in
             arrangement=arrangement,
             wish=Wish("removal", 0),
         )
-        tasks = OBJECT_TASKS if difficulty == "hard" else TASKS
+        tasks = OBJECT_TASKS if difficulty in ("hard", "named") else TASKS
         task = tasks[rng.integers(len(tasks))]
         referable = scene.referable() if difficulty == "hard" else list(range(len(scene.things)))
         if not referable:

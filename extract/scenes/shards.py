@@ -79,8 +79,8 @@ class ScenesConfig:
     seed: int = 0
     """Names the endless set of scenes that these are the first of."""
     difficulty: str = "hard"
-    """easy (3–5 plain objects of mixed kinds), medium (3–9, mixed or alike, overlaps, every task) or hard (4–9 alike,
-    the target told by position alone)."""
+    """easy (3–5 plain objects of mixed kinds), medium (3–9, mixed or alike, overlaps, every task), hard (4–9 alike, the
+    target told by position alone) or named (3–9 mixed, the target told by what it is alone)."""
 
 
 def run_lengths(mask: np.ndarray) -> dict[str, list[int]]:
