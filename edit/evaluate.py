@@ -21,7 +21,7 @@ from edit import run
 from edit.conditions import Conditioning
 from edit.config import EvaluateConfig, ReportConfig
 from edit.editor import Editor
-from edit.methods import INSTRUCTION, METHODS, RIGHT_BOX, SECONDS, STANDALONE, SUCCESS
+from edit.methods import INSTRUCTION, METHODS, MISLOCALIZED, RIGHT_BOX, SECONDS, STANDALONE, SUCCESS
 from edit.report.command import report
 from edit.report.evaluation import ABOUT
 from edit.scores.alignment import aligned
@@ -210,7 +210,7 @@ def scored(
     verdict = SceneJudge.of_row(one.row, lambda known: through(editor, known))(picture)
     yield SUCCESS, float(verdict.success)
     yield "right object", float(verdict.subject != "left" and not verdict.changed and not verdict.stray)
-    yield "mislocalized", float(verdict.mislocalized)
+    yield MISLOCALIZED, float(verdict.mislocalized)
     yield "unchanged", float(verdict.outcome == "unchanged")
     yield INSTRUCTION, float(verdict.instruction)
     yield "accuracy (0–4)", float(verdict.accuracy)

@@ -28,7 +28,7 @@ STANDALONE = "standalone VLM"
 REFERENCE = "our-box"
 """What the others are held against."""
 
-SUCCESS, RIGHT_BOX, SECONDS = "success", "box on the right object", "seconds"
-SHARES = (SUCCESS, "right object", "mislocalized", "unchanged", RIGHT_BOX)
+SUCCESS, MISLOCALIZED, RIGHT_BOX, SECONDS = "success", "mislocalized", "box on the right object", "seconds"
+SHARES = (SUCCESS, "right object", MISLOCALIZED, "unchanged", RIGHT_BOX)
 """Metrics whose values are 0 or 1."""
 INSTRUCTION = "instruction (0–4)"

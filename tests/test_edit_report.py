@@ -109,6 +109,19 @@ def test_the_answer_says_whether_half_is_closed_or_why_not(made, said, unsaid):
     assert "200" in words or "Nothing" in words
 
 
+@pytest.mark.parametrize(("true_box", "why"), [(0.1, "obeys a drawn box"), (0.35, "does not obey a drawn box")])
+def test_where_edits_land_tells_an_editor_that_obeys_from_one_that_does_not(true_box, why):
+    success = frame_of(plain=0.5, our_box=0.4, true_box=0.4)
+    landed = frame_of(plain=0.4, our_box=0.2, true_box=true_box).filter(metric="success")
+    found = closing(pl.concat([success, landed.with_columns(pl.lit("mislocalized").alias("metric"))]))
+    instead = values(landed, "true-box")
+    assert found.elsewhere["true-box"].value == instead.mean() and found.elsewhere["true-box"].n == 200
+    assert (found.elsewhere["plain"].low, found.elsewhere["plain"].high) == pytest.approx(
+        wilson(values(landed, "plain").sum(), 200)
+    )
+    assert why in found.words() and f"{instead.mean():.1%}" in found.words()
+
+
 def test_a_gap_that_may_be_none_gives_a_share_without_interval():
     found = closing(frame_of(n=12, plain=0.5, our_box=0.55, true_box=0.6, seed=3))
     assert found.gap.low <= 0 < found.gap.value and found.share.low is None

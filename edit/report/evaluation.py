@@ -11,7 +11,7 @@ from typing import Any
 import polars as pl
 
 from edit.judges.questions import QUESTIONS
-from edit.methods import INSTRUCTION, REFERENCE, STANDALONE, SUCCESS
+from edit.methods import INSTRUCTION, MISLOCALIZED, REFERENCE, STANDALONE, SUCCESS
 from edit.scores.table import COLUMNS
 from extract.omniedit import BOX_COLUMNS
 from store.errors import Refusal
@@ -70,7 +70,7 @@ class Evaluation:
 
     def outcomes(self) -> pl.DataFrame:
         """Columns sample, method and outcome, a row an item."""
-        named = [SUCCESS, "mislocalized", "unchanged"]
+        named = [SUCCESS, MISLOCALIZED, "unchanged"]
         wide = self.scores.filter(pl.col("metric").is_in([*named, INSTRUCTION])).pivot(
             "metric", index=["sample", "method"], values="value"
         )

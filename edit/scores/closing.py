@@ -9,13 +9,16 @@ from dataclasses import dataclass, field
 import numpy as np
 import polars as pl
 
-from edit.methods import REFERENCE, RIGHT_BOX, SUCCESS
+from edit.methods import MISLOCALIZED, REFERENCE, RIGHT_BOX, SUCCESS
 from probes import statistics
 
 PLAIN, TRUE = "plain", "true-box"
 ASKED = (PLAIN, REFERENCE, TRUE)
 ENOUGH = 0.5
 """Share of the gap that our box should close."""
+OBEYED = 0.5
+"""An editor obeys the true box if it changes another object in less than this share of the scenes in which the plain
+one does."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +51,8 @@ class Closing:
     """Scenes that some of the three lack."""
     success: dict[str, Estimate] = field(default_factory=dict)
     """By method: plain, our-box, true-box; empty if one of them has no scene in common with the others."""
+    elsewhere: dict[str, Estimate] = field(default_factory=dict)
+    """Share of scenes where another object was changed instead, of the same methods; of one that lacks it, nothing."""
     gap: Estimate | None = None
     """Success with the true box less that of the plain editor."""
     share: Estimate | None = None
@@ -70,7 +75,9 @@ class Closing:
 
     def table(self) -> pl.DataFrame:
         """Every number: quantity, value, low, high, n."""
-        named = {f"success, {name}": one for name, one in self.success.items()} | {
+        named = {f"success, {name}": one for name, one in self.success.items()}
+        named |= {f"{MISLOCALIZED}, {name}": one for name, one in self.elsewhere.items()}
+        named |= {
             "gap: true-box less plain": self.gap,
             "share of the gap closed": self.share,
             RIGHT_BOX: self.right,
@@ -92,16 +99,30 @@ class Closing:
         if self.share is None:
             told = [
                 f"The true box does not beat the plain editor on {self.n} scenes: there is no gap to close. {each}",
-                "Why: the editor does not obey a drawn box, or needs none. "
-                f"With the true box it fails in {1 - true.value:.0%} of scenes.",
+                f"Why: {self._without_gap()}. With the true box it fails in {1 - true.value:.0%} of scenes.",
             ]
-            return "\n\n".join([*told, *self._boxes()])
+            return "\n\n".join([*told, *self._place(), *self._boxes()])
         closed = self.share.told("{:.0%}")
         told = f"Our box closes {closed} of the gap between the plain editor and the true box on {self.n} scenes: "
         told += f"{self._verdict()}. {each} The gap itself is {self.gap}."
         if self.share.low is None:
             told += " It cannot be told from none, so the share has no interval."
-        return "\n\n".join([told, *self._reason(), *self._boxes()])
+        return "\n\n".join([told, *self._reason(), *self._place(), *self._boxes()])
+
+    def _without_gap(self) -> str:
+        plain, true = (self.elsewhere.get(name) for name in (PLAIN, TRUE))
+        if plain and true and true.value < OBEYED * plain.value:
+            return "the editor obeys a drawn box, but does there no better what is asked"
+        return "the editor does not obey a drawn box, or needs none"
+
+    def _place(self) -> list[str]:
+        """Where edits land, whatever becomes of them there."""
+        if len(self.elsewhere) < len(ASKED):
+            return []
+        plain, ours, true = (self.elsewhere[name].told("{:.1%}") for name in ASKED)
+        return [
+            f"Another object is changed instead in {plain} of scenes, {ours} with our box, {true} with the true one."
+        ]
 
     def _verdict(self) -> str:
         low, high = self.share.low, self.share.high
@@ -153,7 +174,17 @@ def closing(frame: pl.DataFrame) -> Closing:
     gap = Estimate(*statistics.interval(true_n - plain_n), n)
     boxes = frame.filter(method=REFERENCE, metric=RIGHT_BOX).select("sample", pl.col("value").alias("right"))
     right_n = whole.join(boxes, on="sample", how="left", maintain_order="left")["right"].to_numpy()
-    return Closing(n, unpaired, success, gap, _closed(plain_n, ours_n, true_n, gap), **_by_box(right_n, ours_n, true_n))
+    landed = frame.filter(pl.col("sample").is_in(whole["sample"].implode()), metric=MISLOCALIZED).drop_nulls("value")
+    elsewhere = {name: landed.filter(method=name)["value"].to_numpy() for name in ASKED}
+    return Closing(
+        n,
+        unpaired,
+        success,
+        {name: _share(values_n) for name, values_n in elsewhere.items() if len(values_n)},
+        gap,
+        _closed(plain_n, ours_n, true_n, gap),
+        **_by_box(right_n, ours_n, true_n),
+    )
 
 
 def _closed(plain_n: np.ndarray, ours_n: np.ndarray, true_n: np.ndarray, gap: Estimate) -> Estimate | None:
