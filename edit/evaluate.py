@@ -21,7 +21,7 @@ from edit import run
 from edit.conditions import Conditioning
 from edit.config import EvaluateConfig, ReportConfig
 from edit.editor import Editor
-from edit.methods import INSTRUCTION, METHODS, MISLOCALIZED, RIGHT_BOX, SECONDS, STANDALONE, SUCCESS
+from edit.methods import INSTRUCTION, METHODS, MISLOCALIZED, RIGHT, RIGHT_BOX, SECONDS, STANDALONE, SUCCESS
 from edit.report.command import report
 from edit.report.evaluation import ABOUT
 from edit.scores.alignment import aligned
@@ -147,7 +147,7 @@ def standalone(stages: TwoStage, held: Sequence[Held]) -> list[tuple]:
     found = []
     for one in tqdm(held, unit="scene", desc=STANDALONE):
         (answer,) = generate_boxes(encoder.model, conditioner, [(one.picture, one.instruction)], max_new_tokens=40)
-        found.append((one.name, STANDALONE, "right object", float(is_right(answer.box, one.row))))
+        found.append((one.name, STANDALONE, RIGHT, float(is_right(answer.box, one.row))))
     return found
 
 
@@ -209,7 +209,7 @@ def scored(
     """Every metric of one edited picture."""
     verdict = SceneJudge.of_row(one.row, lambda known: through(editor, known))(picture)
     yield SUCCESS, float(verdict.success)
-    yield "right object", float(verdict.subject != "left" and not verdict.changed and not verdict.stray)
+    yield RIGHT, float(verdict.subject != "left" and not verdict.changed and not verdict.stray)
     yield MISLOCALIZED, float(verdict.mislocalized)
     yield "unchanged", float(verdict.outcome == "unchanged")
     yield INSTRUCTION, float(verdict.instruction)

@@ -29,6 +29,8 @@ REFERENCE = "our-box"
 """What the others are held against."""
 
 SUCCESS, MISLOCALIZED, RIGHT_BOX, SECONDS = "success", "mislocalized", "box on the right object", "seconds"
-SHARES = (SUCCESS, "right object", MISLOCALIZED, "unchanged", RIGHT_BOX)
+RIGHT = "right object"
+"""It changed, and nothing else did."""
+SHARES = (SUCCESS, RIGHT, MISLOCALIZED, "unchanged", RIGHT_BOX)
 """Metrics whose values are 0 or 1."""
 INSTRUCTION = "instruction (0–4)"

@@ -230,6 +230,10 @@ def test_the_command_makes_the_same_page_byte_for_byte(copy):
     assert (copy / "report.html").read_bytes() == first
     assert {path.name: path.read_bytes() for path in (copy / "report").iterdir()} == files
     assert closing(pl.read_parquet(copy / "scores.parquet")).words() in done.stdout and "report.html" in done.stdout
+    assert max(map(len, done.stdout.split("\n\n")[0].splitlines())) <= 120, "a line a method, as wide as a terminal"
+    mean = pl.read_parquet(copy / "scores.parquet").filter(method="our-box", metric="success")["value"].mean()
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("our-box ")]
+    assert f"{mean:.3f} [" in line and f" {SCENES} " in line
     told = json.loads(run_here("edit", "report", "--out", copy, "--gallery", "0", "--json").stdout)
     assert told["n"] == SCENES and told["set_aside"] == {} and {row["metric"] for row in told["summary"]} >= {"success"}
     assert b'id="samples"' not in (copy / "report.html").read_bytes()

@@ -8,7 +8,7 @@ import polars as pl
 from analysis import page
 from edit.config import ReportConfig
 from edit.judges.questions import QUESTIONS
-from edit.methods import METHODS, RIGHT_BOX, SECONDS, SHARES, SUCCESS
+from edit.methods import METHODS, MISLOCALIZED, RIGHT, RIGHT_BOX, SECONDS, SHARES, SUCCESS
 from edit.report import figures, findings, gallery, grid
 from edit.report.evaluation import Evaluation, read
 from edit.scores import table
@@ -73,7 +73,7 @@ def report(config: ReportConfig) -> Path:
         told |= {"summary": summary.to_dicts(), "comparisons": compared.to_dicts(), "set_aside": found.aside}
         print(json.dumps(told, ensure_ascii=False))
     else:
-        print(f"{text}\n{closed.words()}\n\nreport  {written}")
+        print(f"{in_short(summary, damage)}\n\n{closed.words()}\n\nreport  {written}")
         for file, why in found.aside.items():
             print(f"  set aside  {file}: {why}")
     return written
@@ -88,6 +88,27 @@ def tables(found: Evaluation) -> tuple[pl.DataFrame, pl.DataFrame]:
     if found.reference not in set(tested["method"]):
         return summary, pl.DataFrame(schema=table.COMPARISONS)
     return summary, table.comparisons(tested, found.reference, [name for name in shares if name != RIGHT_BOX])
+
+
+def in_short(summary: pl.DataFrame, damage: str | None) -> str:
+    """What a terminal has room for: a line a method, the shares with their intervals; ``table.md`` has all of it."""
+    columns = [name for name in (RIGHT, SUCCESS, MISLOCALIZED, damage) if name in set(summary["metric"])]
+    rows = [["", "n", *columns]]
+    for (method,), of_method in summary.group_by("method", maintain_order=True):
+        known = {row["metric"]: row for row in of_method.filter(pl.col("mean").is_not_null()).iter_rows(named=True)}
+        if known:
+            n = max(row["n"] for row in known.values())
+            rows.append([method, str(n), *(_mean(known.get(name)) for name in columns)])
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return "\n".join("  ".join(map(str.ljust, row, widths)).rstrip() for row in rows)
+
+
+def _mean(row: dict | None) -> str:
+    if row is None:
+        return "–"
+    digits = 3 if row["metric"] in SHARES else 5
+    interval = "" if row["low"] is None else f" [{row['low']:.{digits}f}, {row['high']:.{digits}f}]"
+    return f"{row['mean']:.{digits}f}{interval}"
 
 
 def markdown(found: Evaluation, summary: pl.DataFrame, compared: pl.DataFrame) -> str:
