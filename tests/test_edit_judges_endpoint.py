@@ -4,6 +4,7 @@ import base64
 import io
 import json
 import os
+import threading
 import time
 from email.utils import formatdate
 
@@ -367,6 +368,24 @@ def test_the_budget_is_not_exceeded_and_a_larger_one_goes_on(tmp_path):
     assert rows["failed"].null_count() == 12
     assert rows["money"].sum() == pytest.approx(12 * each)
     assert len(server.asked) == 12
+
+
+def test_what_is_on_its_way_is_waited_for_before_the_budget_is_said_to_be_spent(tmp_path):
+    each = (1000 * 100 + 50 * 200) / 1e6
+    settings = {"price_in": 100.0, "price_out": 200.0, "cache": AnswerCache(tmp_path), "concurrency": 2}
+    with Endpoint() as server, judge_at(server, budget=3.5 * each, **settings) as judge:
+        first = judge._reserve(0.0)
+        judge._reserve(3 * each)  # the next does not fit, for now
+        told = []
+        waiting = threading.Thread(target=lambda: told.append(judge._reserve(each)))
+        waiting.start()
+        time.sleep(0.5)
+        assert not told and waiting.is_alive()
+        with judge._lock:  # it costs a third of what was set aside
+            judge._asking, judge._pending, judge.spent, judge._answers = 1, first, each, 1
+            judge._lock.notify_all()
+        waiting.join(5)
+        assert told == [each]
 
 
 def test_a_budget_that_pays_for_nothing_is_a_refusal_before_anything_is_asked():

@@ -18,7 +18,7 @@ from PIL import Image
 
 from edit.judges.cache import Answer, AnswerCache, key_of
 from edit.judges.config import EndpointSettings
-from edit.judges.judge import Item, answer_for, verdict_of
+from edit.judges.judge import POLL, Item, answer_for, verdict_of
 from edit.judges.questions import Failure, Verdict, prompt_for, shown
 from edit.judges.wire import URLS, Kind, Malformed, Wire, message_in
 from extract.omniedit import BadSample
@@ -99,7 +99,7 @@ class EndpointJudge:
             headers=self.wire.headers(self._key), timeout=settings.timeout, trust_env=not loopback
         )
         self._stopped = threading.Event()
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()
         self.spent = 0.0
         self._answers, self._asking, self._pending, self._silent = 0, 0, 0.0, 0
         self.uncounted = 0
@@ -170,24 +170,34 @@ class EndpointJudge:
                 self._pending -= reserved
                 self.spent += cost
                 self._answers += answered
+                self._lock.notify_all()
         with self._lock:
             self._silent = 0
             self.uncounted += not known
         return answer._replace(text=self._without_key(answer.text))
 
     def _reserve(self, expected: float) -> float:
-        """Set money aside for a question: as much as one has cost so far, or is estimated to cost, the larger."""
+        """Set money aside for a question: as much as one has cost so far, or is estimated to cost, the larger.
+
+        Where that goes beyond the budget only by what is on its way, the answers are waited for: they may cost less.
+        """
         budget = self.settings.budget
         with self._lock:
-            each = self.spent / self._answers if self._answers else 0.0
-            expected = max(expected, each)
-            # Those on their way were estimated before it was known what an answer costs.
-            pending = max(self._pending, self._asking * each)
-            if budget is not None and self.spent + pending + expected > budget:
-                raise Refusal(
-                    f"--budget {budget:g}: {self.spent:.4f} is spent and the next answer may cost {expected:.4f}; what "
-                    "was answered is kept, the same command with a larger budget goes on"
-                )
+            while True:
+                each = self.spent / self._answers if self._answers else 0.0
+                expected = max(expected, each)
+                # Those on their way were estimated before it was known what an answer costs.
+                pending = max(self._pending, self._asking * each)
+                if budget is None or self.spent + pending + expected <= budget:
+                    break
+                if self.spent + expected > budget or not self._asking:
+                    raise Refusal(
+                        f"--budget {budget:g}: {self.spent:.4f} is spent and the next answer may cost {expected:.4f}; "
+                        "what was answered is kept, the same command with a larger budget goes on"
+                    )
+                if self._stopped.is_set():
+                    raise Refusal("the run was stopped")
+                self._lock.wait(POLL)
             self._asking += 1
             self._pending += expected
         return expected
