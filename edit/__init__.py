@@ -8,7 +8,8 @@
 
 ``pairs``        pictures before and after, of a store's samples; ``cache`` their latents, encoded once
 ``states``       conditioning states from a store, in the order of the sequence
-``train``        ``python -m edit train``: LoRA that obeys a drawn box (or every weight of a small editor)
+``train``        ``python -m edit train``: LoRA that obeys a drawn box (or every weight of a small editor);
+                 ``ahead`` reads its batches while a GPU is at work
 
 ``scores``       outside the box, aligned, by an exact judge of scenes; the table with its tests
 ``judges``       models and people who grade an edited picture

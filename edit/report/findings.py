@@ -10,8 +10,8 @@ from analysis.finding import Drawn, Finding
 from analysis.page import Section
 from analysis.page.markup import escaped
 from analysis.page.tables import table as as_table
-from edit.methods import METHODS, REFERENCE, SECONDS, STANDALONE, SUCCESS
-from edit.report.evaluation import ABOUT, Evaluation
+from edit.methods import METHODS, MISLOCALIZED, REFERENCE, RIGHT, SECONDS, STANDALONE, SUCCESS
+from edit.report.evaluation import ABOUT, OUTCOMES, Evaluation
 from edit.report.figures import by_objects
 from edit.report.grid import p_value
 from edit.scores.closing import PLAIN, Closing, Estimate
@@ -20,10 +20,10 @@ from probes import statistics
 OF_A_PICTURE = ("scene", "instruction", "method", "box", "read", "seconds")
 """Entries of a label that are of its picture alone; the rest is how its method was set."""
 MEANINGS = {
-    "success": "exactly the right object became what was asked, and nothing else changed",
-    "right object": "the right object changed, and nothing else (of the standalone VLM: its box is on that object)",
-    "mislocalized": "something else changed, and the right object did not",
-    "unchanged": "nothing changed",
+    SUCCESS: OUTCOMES[SUCCESS],
+    RIGHT: "the right object changed, and nothing else (of the standalone VLM: its box is on that object)",
+    MISLOCALIZED: OUTCOMES[MISLOCALIZED],
+    "unchanged": OUTCOMES["unchanged"],
     "instruction, accuracy, leakage (0–4)": "the exact judge’s grades: what was asked is there; the right subject "
     "changed; nothing else changed (4 is best)",
     "L2": "mean squared difference of RGB in 0 … 1 outside the true box",
