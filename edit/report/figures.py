@@ -125,13 +125,13 @@ def by_objects(counts: pl.Series) -> pl.Series:
 
 
 def strata_figure(found: pl.DataFrame, out: Path, making: dict[str, Any]) -> Drawn:
-    """Success by task and by number of objects, a line a method with 95 % intervals; files ``success-by-scene``."""
+    """Success by task and by number of objects, with 95 % intervals; files ``success-by-scene``."""
     methods = [name for name in found["method"].unique(maintain_order=True) if name != STANDALONE]
     with style.styled():
         figure, panels = plt.subplots(1, 2, figsize=(8.8, 4.1), sharey=True)
         figure.subplots_adjust(left=0.075, right=0.86, bottom=0.18, top=0.91, wspace=0.08)
         for axes, by, title in zip(panels, ("task", "objects"), ("By task", "By number of objects"), strict=True):
-            _strata_panel(axes, found.filter(by=by), methods)
+            _strata_panel(axes, found.filter(by=by), methods, joined=by == "objects")
             axes.set_title(title)
         panels[0].set_ylabel("success, share of scenes")
         last = found.filter(by="objects")["group"].unique(maintain_order=True)
@@ -149,7 +149,7 @@ def strata_figure(found: pl.DataFrame, out: Path, making: dict[str, Any]) -> Dra
     )
 
 
-def _strata_panel(axes: Axes, found: pl.DataFrame, methods: Sequence[str]) -> None:
+def _strata_panel(axes: Axes, found: pl.DataFrame, methods: Sequence[str], joined: bool) -> None:
     groups = found["group"].unique(maintain_order=True).to_list()
     for place, method in enumerate(methods):
         rows = found.filter(method=method)
@@ -157,7 +157,16 @@ def _strata_panel(axes: Axes, found: pl.DataFrame, methods: Sequence[str]) -> No
         at = np.array([groups.index(group) for group in rows["group"]]) + offset
         mean, low, high = (rows[name].to_numpy() for name in ("mean", "low", "high"))
         axes.vlines(at, low, high, color=look(method)["color"], lw=1.2, alpha=0.7)
-        axes.plot(at, mean, **look(method), ls=":", lw=0.8, ms=8 if method == TRUE else 6, mec="white", mew=0.7)
+        axes.plot(
+            at,
+            mean,
+            **look(method),
+            ls=":" if joined else "",
+            lw=0.8,
+            ms=8 if method == TRUE else 6,
+            mec="white",
+            mew=0.7,
+        )
     counts = found.group_by("group").agg(pl.col("n").max())
     n = dict(counts.iter_rows())
     axes.set_xticks(range(len(groups)), [f"{group.replace('_', chr(10))}\nn = {n[group]}" for group in groups])

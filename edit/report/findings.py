@@ -10,7 +10,7 @@ from analysis.finding import Drawn, Finding
 from analysis.page import Section
 from analysis.page.markup import escaped
 from analysis.page.tables import table as as_table
-from edit.methods import METHODS, MISLOCALIZED, REFERENCE, RIGHT, SECONDS, STANDALONE, SUCCESS
+from edit.methods import METHODS, MISLOCALIZED, REFERENCE, RIGHT, SECONDS, SHARES, STANDALONE, SUCCESS
 from edit.report.evaluation import ABOUT, OUTCOMES, Evaluation
 from edit.report.figures import by_objects
 from edit.report.grid import p_value
@@ -56,7 +56,9 @@ def methods(
 
     def told(method: str, metric: str | None) -> str | None:
         row = cells.get((method, metric))
-        return None if row is None or row["mean"] is None else str(_estimate(row))
+        if row is None or row["mean"] is None:
+            return None
+        return str(_estimate(row)) if metric in SHARES else _estimate(row).told("{:.5f}")
 
     own = cells.get((reference, SUCCESS))
     if own is None or not own["n"]:
@@ -119,9 +121,9 @@ def strata(found: Evaluation, counted: pl.DataFrame, drawn: Drawn) -> Finding:
     lead = f"Success of {found.reference} by kind of scene.\n\n"
     if differences:
         best, worst = (pick(differences, key=lambda name: differences[name].value) for pick in (max, min))
-        lead = f"Our box adds most to the plain editor’s success in scenes of {best} "
-        lead += f"({differences[best].told('{:+.3f}')}, n = {differences[best].n}) and least in those of {worst} "
-        lead += f"({differences[worst].told('{:+.3f}')}, n = {differences[worst].n}).\n\nAll: "
+        gained, lost = (differences[name].told("{:+.3f}") for name in (best, worst))
+        lead = f"Our box changes the plain editor’s success by {gained} in scenes of {best} (n = {differences[best].n}), "
+        lead += f"the most, and by {lost} in those of {worst} (n = {differences[worst].n}), the least.\n\nAll: "
     return Finding(
         "scenes",
         "In which scenes does the box help: by task, and by how many objects look alike?",

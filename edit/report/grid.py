@@ -39,7 +39,10 @@ def section(summary: pl.DataFrame, compared: pl.DataFrame, markdown: str) -> Sec
 def _table(title: str, metrics: Sequence[str], cells: Cells, tests: Cells) -> str:
     methods = list(dict.fromkeys(method for method, metric in cells if metric in metrics))
     most = max((cells[key]["n"] for key in cells if key[1] in metrics), default=0)
-    places = {name: _places([row for key, row in cells.items() if key[1] == name]) for name in metrics}
+    places = {
+        name: 3 if name in SHARES else _places([row for key, row in cells.items() if key[1] == name])
+        for name in metrics
+    }
     heads = "".join(f'<th scope="col">{escaped(name)}</th>' for name in metrics)
     rows = "\n".join(
         f'<tr><th scope="row">{escaped(method)}</th>'
