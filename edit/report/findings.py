@@ -123,7 +123,8 @@ def strata(found: Evaluation, counted: pl.DataFrame, drawn: Drawn) -> Finding:
         best, worst = (pick(differences, key=lambda name: differences[name].value) for pick in (max, min))
         gained, lost = (differences[name].told("{:+.3f}") for name in (best, worst))
         lead = f"Our box changes the plain editor’s success by {gained} in scenes of {best} "
-        lead += f"(n = {differences[best].n}), the most, and by {lost} in those of {worst} (n = {differences[worst].n}), the least.\n\nAll: "
+        lead += f"(n = {differences[best].n}), the most, "
+        lead += f"and by {lost} in those of {worst} (n = {differences[worst].n}), the least.\n\nAll: "
     return Finding(
         "scenes",
         "In which scenes does the box help: by task, and by how many objects look alike?",
