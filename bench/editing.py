@@ -59,8 +59,8 @@ class Lora:
         self.config, self.opened = config, store.open(config.store)
         self.pairs, self.editor = Pairs(self.opened, config.data), Editor.load(config.editor, held_as(config))
         samples, _ = choose(self.opened, config)
-        cache.build(config.out, self.opened, self.pairs, self.editor, samples, config.overlay)
-        kept = cache.load(config.out, self.opened, self.editor, samples, config.overlay)
+        cache.build(config.out, self.opened, self.pairs, self.editor, samples, cache.Drawn(config.overlay))
+        kept = cache.load(config.out, self.opened, self.editor, samples, cache.Drawn(config.overlay))
         self.batches = Batches(config, kept, StoredStates(self.opened, [config.layer]), 0, 1)
         self.transformer = self.editor.pipeline.transformer
         add_lora(self.transformer, config)

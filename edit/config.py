@@ -34,6 +34,9 @@ class TrainConfig:
     train: Literal["lora", "all"] = "lora"
     """lora: adapters that see the overlay, the rest frozen. all: every weight, on pictures without overlay (how the
     pocket editor is made)."""
+    bystanders: float = 0.0
+    """Of --train all: the share of pictures that have the box of another sample drawn on them, and their targets have
+    not. An editor so taught paints over frames that mean nothing, before a LoRA gives them a meaning."""
     layer: str = "final"
     """Layer whose states condition the editor."""
     tasks: tuple[str, ...] = ()
@@ -86,6 +89,10 @@ class TrainConfig:
                 raise Refusal(f"--{name.replace('_', '-')} {getattr(self, name)}: give 1 or more")
         if not 0 <= self.average < 1:
             raise Refusal(f"--average {self.average}: give a decay from 0 up to, not including, 1")
+        if not 0 <= self.bystanders <= 1:
+            raise Refusal(f"--bystanders {self.bystanders}: give a share from 0 to 1")
+        if self.train == "lora" and self.bystanders:
+            raise Refusal("--bystanders is for --train all: a LoRA is taught on every picture's own box")
         if self.train == "lora" and self.optimizer == "muon":
             raise Refusal("--optimizer muon is for --train all: the two thin matrices of an adapter want adamw")
         if self.train == "all" and self.base in ("fp8", "nf4"):

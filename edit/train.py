@@ -31,7 +31,7 @@ from edit.ahead import read_ahead
 from edit.checkpoints import load_checkpoint, save_checkpoint
 from edit.config import TrainConfig
 from edit.editor import Editor, pack
-from edit.overlay import Overlay, rescaled
+from edit.overlay import rescaled
 from edit.pairs import Pair, Pairs
 from edit.states import StoredStates
 from store.errors import Refusal
@@ -230,14 +230,14 @@ def train(config: TrainConfig) -> None:
     states = StoredStates(opened, [config.layer])
     training, held_out = choose(opened, config)
     pairs = Pairs(opened, config.data)
-    overlay = config.overlay if config.train == "lora" else None
+    drawn = cache.Drawn(config.overlay, config.bystanders) if config.train == "lora" or config.bystanders else None
     editor = Editor.load(config.editor, held_as(config), accelerator.device, nf4=config.base == "nf4")
     kept, ranks = {}, (accelerator.process_index, accelerator.num_processes)
     for name, samples in (("train", training), ("test", held_out)):
         where = config.out / "latents"
-        cache.build(where, opened, pairs, editor, samples, overlay, *ranks)
+        cache.build(where, opened, pairs, editor, samples, drawn, *ranks)
         accelerator.wait_for_everyone()
-        kept[name] = cache.load(where, opened, editor, samples, overlay)
+        kept[name] = cache.load(where, opened, editor, samples, drawn)
     transformer = editor.pipeline.transformer
     if config.train == "lora":
         add_lora(transformer, config)
@@ -259,7 +259,7 @@ def train(config: TrainConfig) -> None:
     start = load_checkpoint(checkpoint, parameters, optimizers, average.kept if average else ())
     model, *optimizers = accelerator.prepare(transformer, *optimizers)
     batches = Batches(config, kept["train"], states, accelerator.process_index, accelerator.num_processes)
-    validation = Validation(config, kept["test"], states, editor, pairs, overlay)
+    validation = Validation(config, kept["test"], states, editor, pairs)
     began, losses = time.time(), []
     bar = tqdm(
         batches(start * config.accumulate, config.steps * config.accumulate, accelerator.device),
@@ -375,9 +375,8 @@ class Validation:
         states: StoredStates,
         editor: Editor,
         pairs: Pairs,
-        overlay: Overlay | None,
     ):
-        self.config, self.kept, self.states, self.editor, self.overlay = config, kept, states, editor, overlay
+        self.config, self.kept, self.states, self.editor = config, kept, states, editor
         self.shown = [pair for pair in pairs.read(sorted(kept.sizes)[: config.validation]) if isinstance(pair, Pair)]
 
     @torch.no_grad()
@@ -403,8 +402,8 @@ class Validation:
     def _row(self, pair: Pair) -> Image.Image:
         states, mask = self.states.read([pair.sample])
         seen = self.editor.resized(pair.source)
-        if self.overlay is not None:
-            seen = self.overlay.draw(seen, rescaled(pair.box, pair.source.size, seen.size))
+        if self.config.train == "lora":
+            seen = self.config.overlay.draw(seen, rescaled(pair.box, pair.source.size, seen.size))
         # What is trained is held in float32, the rest of the editor is not.
         with mixed(self.config, self.editor.pipeline.device):
             made = self.editor.edit(seen, states[0, 0][mask[0]], self.config.seed)

@@ -323,7 +323,7 @@ def test_batches_are_of_one_size_and_every_epoch_has_each_sample_once(study, con
     opened = store.open(study / "store.zarr")
     editor = Editor.load(config.editor)
     samples, _ = training.choose(opened, config)
-    kept = cache.load(trained / "latents", opened, editor, samples, Overlay())
+    kept = cache.load(trained / "latents", opened, editor, samples, cache.Drawn(Overlay()))
     states = StoredStates(opened, ["final"])
     batches = Batches(config, kept, states, 0, 1)
     first, second = batches.epoch(0), batches.epoch(1)
@@ -363,20 +363,41 @@ def test_latents_are_encoded_once_and_never_taken_for_others(study, config, trai
     pairs = Pairs(opened, config.data)
     asked = []
     monkeypatch.setattr(Editor, "latents", lambda *given: asked.append(given))
-    cache.build(trained / "latents", opened, pairs, editor, samples, Overlay())
+    cache.build(trained / "latents", opened, pairs, editor, samples, cache.Drawn(Overlay()))
     assert not asked
-    folder = cache.folder_of(trained / "latents", opened, editor, samples, Overlay())
+    folder = cache.folder_of(trained / "latents", opened, editor, samples, cache.Drawn(Overlay()))
     assert folder.is_dir()
     others = [
         cache.folder_of(trained, opened, editor, samples, None),
-        cache.folder_of(trained, opened, editor, samples, Overlay(width=0.05)),
-        cache.folder_of(trained, opened, editor, samples[1:], Overlay()),
-        cache.folder_of(trained, opened, Editor(editor.pipeline, Settings(area=96 * 96)), samples, Overlay()),
+        cache.folder_of(trained, opened, editor, samples, cache.Drawn(Overlay(width=0.05))),
+        cache.folder_of(trained, opened, editor, samples, cache.Drawn(Overlay(), 0.5)),
+        cache.folder_of(trained, opened, editor, samples[1:], cache.Drawn(Overlay())),
+        cache.folder_of(
+            trained, opened, Editor(editor.pipeline, Settings(area=96 * 96)), samples, cache.Drawn(Overlay())
+        ),
     ]
     with torch.no_grad():
         next(editor.pipeline.vae.parameters()).add_(1)
-    others.append(cache.folder_of(trained, opened, editor, samples, Overlay()))
-    assert len({folder.name, *(one.name for one in others)}) == 6
+    others.append(cache.folder_of(trained, opened, editor, samples, cache.Drawn(Overlay())))
+    assert len({folder.name, *(one.name for one in others)}) == 7
+
+
+def test_bystanders_frames_are_those_of_other_samples_and_no_target_has_one(study, config, tmp_path):
+    opened = store.open(study / "store.zarr")
+    editor, samples = Editor.load(config.editor), training.choose(opened, config)[0]
+    drawn = cache.Drawn(Overlay(), 0.5)
+    boxes, own = drawn.boxes(opened, samples), cache.Drawn(Overlay()).boxes(opened, samples)
+    assert 0 < len(boxes) < len(own) == len(samples) and boxes == drawn.boxes(opened, samples)
+    assert sum(boxes[sample] == own[sample] for sample in boxes) < len(boxes) / 2
+    kept = {}
+    for share in (0.5, None):
+        given = cache.Drawn(Overlay(), share) if share else None
+        cache.build(tmp_path, opened, Pairs(opened, config.data), editor, samples, given)
+        kept[share] = cache.load(tmp_path, opened, editor, samples, given)
+    for sample in samples:
+        (with_frame, target), (without, same) = (one.read([sample]) for one in kept.values())
+        assert torch.equal(target, same)
+        assert torch.equal(with_frame, without) == (sample not in boxes)
 
 
 def test_pairs_that_cannot_be_had_are_named_and_the_rest_is_encoded(study, config, tmp_path):
@@ -391,8 +412,8 @@ def test_pairs_that_cannot_be_had_are_named_and_the_rest_is_encoded(study, confi
     table.with_columns(struct).filter(pl.int_range(pl.len()) != 5).write_parquet(scenes / path.name)
     opened = store.open(study / "store.zarr")
     editor, overlay = Editor.load(config.editor), Overlay()
-    cache.build(tmp_path, opened, Pairs(opened, scenes), editor, range(8), overlay)
-    kept = cache.load(tmp_path, opened, editor, range(8), overlay)
+    cache.build(tmp_path, opened, Pairs(opened, scenes), editor, range(8), cache.Drawn(overlay))
+    kept = cache.load(tmp_path, opened, editor, range(8), cache.Drawn(overlay))
     assert set(kept.sizes) == {0, 1, 2, 4} and set(kept.missing) == {3, 5, 6, 7}
     assert "cannot be decoded" in kept.missing[3] and "another picture" in kept.missing[5]
 
@@ -418,6 +439,8 @@ def test_what_cannot_be_trained_on_is_refused_by_name(config, tmp_path, wrong, s
         ({"steps": 0}, "--steps 0"),
         ({"average": 1.0}, "--average"),
         ({"train": "all", "base": "nf4"}, "nf4"),
+        ({"bystanders": 0.5}, "--bystanders is for --train all"),
+        ({"train": "all", "bystanders": 1.5}, "--bystanders 1.5"),
         ({"optimizer": "muon"}, "muon"),
     ],
 )
