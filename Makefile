@@ -94,25 +94,33 @@ edits: setup ## Edit 200 held-out hard scenes by every conditioning and box: run
 gap: setup ## The VLM's own answer against where the editor edits, on the same scenes (ARGS)
 	$(RUN) -m edit gap $(ARGS)
 
-# What the pocket editor and its LoRA are taught on; hard scenes are new to both.
-EDITING := --store data/editing.zarr --data data/editing --tasks swap removal attribute_modification --no-gradient-checkpointing
-LORA := --steps 1500 --batch-size 16 --learning-rate 1e-3 --change-weight 4 --limit 8192
+# What the pocket editor is taught on, first and then, and its LoRA; hard scenes are new to all of them.
+ASKED := --tasks swap removal attribute_modification --no-gradient-checkpointing
+EDITING := --store data/editing.zarr --data data/editing $(ASKED)
+NAMED := --store data/named.zarr --data data/named $(ASKED)
+BASE := --train all --batch-size 32 --optimizer muon --learning-rate 2e-3 --warmup 200 --change-weight 4 --average 0.999
+LORA := --steps 2500 --batch-size 16 --learning-rate 1e-3 --change-weight 4 --limit 8192
+TAUGHT := --preset pocket --layers final --attention none --no-vlm-boxes --prompt random --shuffle --held-out 0.02 --limit 40000
 EDITED = runs/editor
 
 data/editing.zarr: | setup
 	$(RUN) -m extract.scenes --out data/editing/easy --samples 12288 --seed 502 --difficulty easy
 	$(RUN) -m extract.scenes --out data/editing/medium --samples 32768 --seed 503 --difficulty medium
-	$(RUN) -m extract --preset pocket --layers final --attention none --no-vlm-boxes --prompt random --shuffle \
-		--held-out 0.02 --limit 40000 --data data/editing --store $@
+	$(RUN) -m extract $(TAUGHT) --data data/editing --store $@
+
+data/named.zarr: | setup
+	$(RUN) -m extract.scenes --out data/named --samples 32768 --seed 504 --difficulty named
+	$(RUN) -m extract $(TAUGHT) --data data/named --store $@
 
 lora: data/editing.zarr ## Teach the pocket editor again to obey boxes: runs/lora (ARGS)
 	$(RUN) -m edit train $(EDITING) $(LORA) $(ARGS)
 
-editor: data/editing.zarr ## Train the pocket editor, its LoRA and its proxy again from scratch (about two and a half hours on two cores)
+editor: data/editing.zarr data/named.zarr ## Train the pocket editor, its LoRA and its proxy again from scratch (about four hours on two cores)
 	$(RUN) -m edit.pocket vae
 	$(RUN) -m edit.pocket build
-	$(RUN) -m edit train --train all $(EDITING) --editor $(EDITED)/start --out $(EDITED)/base --steps 5400 --batch-size 32 \
-		--optimizer muon --learning-rate 2e-3 --warmup 200 --change-weight 4 --average 0.999 --seed 30002
+	$(RUN) -m edit train $(BASE) $(EDITING) --editor $(EDITED)/start --out $(EDITED)/first --steps 5400 --seed 30002
+	$(RUN) -m edit.pocket build --transformer $(EDITED)/first/transformer --out $(EDITED)/taught
+	$(RUN) -m edit train $(BASE) $(NAMED) --editor $(EDITED)/taught --out $(EDITED)/base --bystanders 0.5 --steps 7000 --seed 30003
 	$(RUN) -m edit.pocket build --transformer $(EDITED)/base/transformer --out $(EDITED)/plain
 	$(RUN) -m probes train --store data/editing.zarr --layers final --seeds 0 --width 64 --steps 12000 --watch 64 --out $(EDITED)/proxies
 	$(RUN) -m edit train $(EDITING) --editor $(EDITED)/plain --out $(EDITED)/lora $(LORA)

@@ -11,7 +11,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from judging import picture
 
-from edit.judges.cache import Answer, AnswerCache, key_of
+from edit.endpoints.wire import Answer
+from edit.judges.cache import AnswerCache, key_of
 from edit.judges.judge import SCHEMA, Item, judge_all, verdict_of
 from edit.judges.questions import ANSWER_SCHEMA, QUESTIONS, Cost, Failure, Unclear, Verdict, parse, prompt_for
 from store.errors import Refusal

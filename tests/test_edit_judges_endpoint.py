@@ -14,10 +14,11 @@ import pytest
 from judging import GRADES, KEY, Endpoint, cut, flood, hang, picture, reply, said, slam, trickle
 from PIL import Image
 
-from edit.judges import endpoint
+from edit.endpoints import endpoint
+from edit.endpoints.endpoint import checked_url, key_from, retry_after
 from edit.judges.cache import AnswerCache
-from edit.judges.config import EndpointSettings
-from edit.judges.endpoint import EndpointJudge, checked_url, key_from, retry_after
+from edit.judges.config import JudgeEndpoint
+from edit.judges.endpoint import EndpointJudge
 from edit.judges.judge import Item, judge_all
 from edit.judges.questions import ANSWER_SCHEMA, Cost, Failure, Verdict, prompt_for
 from store.errors import Refusal
@@ -34,7 +35,7 @@ def short_waits(monkeypatch):
 
 
 def judge_at(server, kind="openai", cache=None, model="judge-1", max_tokens=2048, **settings):
-    made = EndpointSettings(url=server.url, **{"timeout": 20.0} | settings)
+    made = JudgeEndpoint(url=server.url, **{"timeout": 20.0} | settings)
     return EndpointJudge(kind, model, made, cache, max_tokens)
 
 
@@ -188,7 +189,7 @@ def test_attempts_have_an_end_that_says_why(step, why):
 def test_nobody_at_the_port_is_a_failure():
     with Endpoint() as server:
         gone = server.url
-    with EndpointJudge("openai", "m", EndpointSettings(url=gone, attempts=2)) as judge:
+    with EndpointJudge("openai", "m", JudgeEndpoint(url=gone, attempts=2)) as judge:
         failure = judge.judge(picture(0), picture(1), "x")
     assert "ConnectError" in failure.reason
 
@@ -230,7 +231,9 @@ def test_a_picture_that_is_refused_is_set_aside_at_once(status):
     refusal = reply({"error": {"message": "the picture\nis not allowed " + "!" * 1000}}, status)
     with Endpoint(refusal) as server, judge_at(server, concurrency=1) as judge:
         rows = judge_all(judge, items(2), quiet=True)
-    assert rows["failed"][0].startswith(f"the endpoint refuses this picture: HTTP {status}: the picture is not allowed")
+    assert rows["failed"][0].startswith(
+        f"the endpoint refuses this question: HTTP {status}: the picture is not allowed"
+    )
     assert len(rows["failed"][0]) < 250
     assert rows["edit"].to_list() == [None, 4]
     assert len(server.asked) == 2
@@ -254,7 +257,7 @@ def test_an_endpoint_that_is_gone_ends_the_run_and_what_it_gave_is_kept():
     failed = rows["failed"].to_list()
     assert failed[0] is None
     assert all("no answer in 2 attempts" in why for why in failed[1:5])
-    assert all("5 pictures in a row" in why for why in failed[5:])
+    assert all("5 questions in a row" in why for why in failed[5:])
     assert len(server.asked) <= 1 + 6 * 2
 
 
@@ -501,7 +504,7 @@ def test_a_variable_without_a_usable_key_is_refused_without_showing_it(monkeypat
 )
 def test_settings_that_make_no_sense_are_refused(settings, word):
     with pytest.raises(Refusal, match=word):
-        EndpointSettings(**settings)
+        JudgeEndpoint(**settings)
 
 
 def test_a_proxy_of_the_environment_does_not_see_what_stays_on_this_machine(monkeypatch):

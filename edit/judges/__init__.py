@@ -3,8 +3,7 @@
 ``questions``  what is asked, what an answer has to look like, what it means and what it cost
 ``judge``      ``Judge``, what every judge can do; many pictures judged, with progress, as a table
 ``cache``      answers on the disk: what was asked once is not asked again
-``wire``       requests and answers of the two kinds of endpoint
-``endpoint``   a model behind an OpenAI-compatible or Gemini endpoint: attempts, costs, budget
+``endpoint``   a model behind an endpoint (see `edit.endpoints`), and what it would cost
 ``local``      a vision-language model on this machine
 ``human``      a person: which pair is when, the answers so far; ``human_page`` serves it, ``page/`` is what is seen
 ``agreement``  how far two judges agree

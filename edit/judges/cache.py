@@ -7,22 +7,13 @@ import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from PIL import Image
 
+from edit.endpoints.wire import Answer
 from store.errors import Refusal
 from store.places import as_refusal
-
-
-class Answer(NamedTuple):
-    """A model's words about a pair of pictures."""
-
-    text: str
-    tokens_in: int
-    tokens_out: int
-    ended: str | None = None
-    """Why the model did not say all, in the endpoint's words; null where it did."""
 
 
 def key_of(asked: Mapping[str, Any], source: Image.Image, edited: Image.Image) -> str:

@@ -1,46 +1,18 @@
-"""A judge behind an OpenAI-compatible or Gemini endpoint: attempts, costs, a budget; its key is told to nobody."""
+"""A judge behind an OpenAI-compatible or Gemini endpoint, whose answers are kept, and what it would cost."""
 
-import contextlib
-import email.utils
-import ipaddress
-import math
-import os
-import random
-import threading
-import time
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
-import httpx2
 from PIL import Image
 
-from edit.judges.cache import Answer, AnswerCache, key_of
-from edit.judges.config import EndpointSettings
-from edit.judges.judge import POLL, Item, answer_for, verdict_of
-from edit.judges.questions import Failure, Verdict, prompt_for, shown
-from edit.judges.wire import URLS, Kind, Malformed, Wire, message_in
+from edit.endpoints.endpoint import USUAL_ANSWER, Endpoint, Unanswered, tokens_of
+from edit.endpoints.wire import Kind, Question
+from edit.judges.cache import AnswerCache, key_of
+from edit.judges.config import JudgeEndpoint
+from edit.judges.judge import Item, answer_for, verdict_of
+from edit.judges.questions import ANSWER_SCHEMA, Failure, Verdict, prompt_for
 from extract.omniedit import BadSample
-from store.errors import Refusal
-
-MILLION = 1e6
-HOPELESS = (401, 402, 403, 404, 405)
-"""Statuses that every other picture would get, too."""
-WAITED_OUT = (408, 425, 429)
-"""Statuses under 500 that pass."""
-LARGEST_ANSWER = 2**20
-"""Bytes of an endpoint's answer."""
-SILENT_AFTER = 5
-"""Pictures in a row that got no answer in all their attempts: the endpoint is gone."""
-FIRST_WAIT = 1.0
-"""Seconds before the second attempt; doubled before each further one."""
-PATCH = 28
-"""Side in pixels of what an estimate takes for one token, as Qwen2.5-VL does."""
-LETTERS = 4
-"""Characters of a prompt that an estimate takes for one token."""
-USUAL_ANSWER = 100
-"""Tokens that an estimate takes an answer to have."""
 
 
 class Estimate(NamedTuple):
@@ -59,75 +31,38 @@ class Estimate(NamedTuple):
         )
 
 
-class EndpointJudge:
-    """A model behind an endpoint as a `edit.judges.judge.Judge`; a context manager, which ends its connections.
+class EndpointJudge(Endpoint):
+    """A model behind an endpoint as a `edit.judges.judge.Judge`.
 
     Parameters
     ----------
-    kind
-        ``openai`` (also vLLM, SGLang, llama.cpp, Ollama, OpenRouter …) or ``gemini``.
-    model
-        Its name there.
-    settings, cache
-        See `EndpointSettings`; without a cache every picture is asked about.
-    max_tokens
-        Longest answer.
-
-    Raises
-    ------
-    Refusal
-        The URL, the model's name or the key cannot be used.
+    kind, model, settings, max_tokens
+        As of `edit.endpoints.endpoint.Endpoint`.
+    cache
+        Of its answers; without one every picture is asked about.
     """
 
     def __init__(
         self,
         kind: Kind,
         model: str,
-        settings: EndpointSettings,
+        settings: JudgeEndpoint,
         cache: AnswerCache | None = None,
         max_tokens: int = 2048,
     ):
-        if not model or not model.isprintable():
-            raise Refusal(f"--model {model!r}: give the name of a model of the endpoint")
-        base, loopback = checked_url(settings.url or URLS[kind], settings.plain_http)
-        self.name, self.settings, self.cache = model, settings, cache
-        self.wire = Wire(kind, base, model, settings.temperature, settings.sampling_seed, max_tokens)
-        self._key = key_from(settings.key_env)
-        self.concurrency = settings.concurrency
-        # Proxies of the environment are for other machines.
-        self._client = httpx2.Client(
-            headers=self.wire.headers(self._key), timeout=settings.timeout, trust_env=not loopback
-        )
-        self._stopped = threading.Event()
-        self._lock = threading.Condition()
-        self.spent = 0.0
-        self._answers, self._asking, self._pending, self._silent = 0, 0, 0.0, 0
-        self.uncounted = 0
-        """Answers that did not say how many tokens they took; they are counted as estimated."""
-
-    def __enter__(self) -> "EndpointJudge":
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.stop()
-        self._client.close()
-
-    def stop(self) -> None:
-        """Begin no further attempt."""
-        self._stopped.set()
+        super().__init__(kind, model, settings, max_tokens)
+        self.name, self.cache, self.concurrency = model, cache, settings.concurrency
 
     def judge(
         self, source: Image.Image, edited: Image.Image, instruction: str, box: Sequence[float] | None = None
     ) -> Verdict | Failure:
         """The model's verdict; see `edit.judges.judge.Judge`."""
-        prompt = prompt_for(instruction, box, source.size)
+        question = self._question(source, edited, instruction, box)
         try:
-            answer = answer_for(
-                self.cache, self._asked(prompt), source, edited, lambda: self._ask(prompt, source, edited)
-            )
-        except _Unanswered as unanswered:
+            answer = answer_for(self.cache, self._asked(question), source, edited, lambda: self.ask(question))
+        except Unanswered as unanswered:
             return Failure(str(unanswered))
-        return verdict_of(answer, self._money(answer.tokens_in, answer.tokens_out))
+        return verdict_of(answer, self.money(answer.tokens_in, answer.tokens_out))
 
     def estimate(self, items: Iterable[Item]) -> Estimate:
         """What judging ``items`` would cost; nothing is asked. Pictures that cannot be read are left out."""
@@ -137,196 +72,22 @@ class EndpointJudge:
                 source, edited = item.pictures()
             except (BadSample, OSError):
                 continue
-            prompt = prompt_for(item.instruction, item.box, source.size)
+            question = self._question(source, edited, item.instruction, item.box)
             pictures += 1
             # A damaged file would be asked again.
-            if self.cache is not None and self.cache.get(key_of(self._asked(prompt), source, edited)) is not None:
+            if self.cache is not None and self.cache.get(key_of(self._asked(question), source, edited)) is not None:
                 cached += 1
                 continue
-            tokens_in += _tokens(prompt, source, edited)
+            tokens_in += tokens_of(question)
             tokens_out += USUAL_ANSWER
-        return Estimate(pictures, cached, tokens_in, tokens_out, self._money(tokens_in, tokens_out))
+        return Estimate(pictures, cached, tokens_in, tokens_out, self.money(tokens_in, tokens_out))
 
-    def _asked(self, prompt: str) -> dict:
+    def _question(
+        self, source: Image.Image, edited: Image.Image, instruction: str, box: Sequence[float] | None
+    ) -> Question:
+        prompt = prompt_for(instruction, box, source.size)
+        return Question(prompt, ANSWER_SCHEMA, (source, edited), seed=self.settings.sampling_seed)
+
+    def _asked(self, question: Question) -> dict:
         """All that determines an answer beside the pictures."""
-        return {"prompt": prompt, **asdict(self.wire)}
-
-    def _money(self, tokens_in: int, tokens_out: int) -> float:
-        return (tokens_in * self.settings.price_in + tokens_out * self.settings.price_out) / MILLION
-
-    def _ask(self, prompt: str, source: Image.Image, edited: Image.Image) -> Answer:
-        """Ask the endpoint, within the budget; what the answer cost is spent, whatever it says."""
-        tokens = _tokens(prompt, source, edited)
-        reserved = self._reserve(self._money(tokens, USUAL_ANSWER))
-        cost, answered = 0.0, False
-        try:
-            answer, known = self._attempt(self.wire.body(prompt, source, edited))
-            if not known:
-                answer = answer._replace(tokens_in=tokens, tokens_out=-(-len(answer.text) // LETTERS))
-            cost, answered = self._money(answer.tokens_in, answer.tokens_out), True
-        finally:
-            with self._lock:
-                self._asking -= 1
-                self._pending -= reserved
-                self.spent += cost
-                self._answers += answered
-                self._lock.notify_all()
-        with self._lock:
-            self._silent = 0
-            self.uncounted += not known
-        return answer._replace(text=self._without_key(answer.text))
-
-    def _reserve(self, expected: float) -> float:
-        """Set money aside for a question: as much as one has cost so far, or is estimated to cost, the larger.
-
-        Where that goes beyond the budget only by what is on its way, the answers are waited for: they may cost less.
-        """
-        budget = self.settings.budget
-        with self._lock:
-            while True:
-                each = self.spent / self._answers if self._answers else 0.0
-                expected = max(expected, each)
-                # Those on their way were estimated before it was known what an answer costs.
-                pending = max(self._pending, self._asking * each)
-                if budget is None or self.spent + pending + expected <= budget:
-                    break
-                if self.spent + expected > budget or not self._asking:
-                    raise Refusal(
-                        f"--budget {budget:g}: {self.spent:.4f} is spent and the next answer may cost {expected:.4f}; "
-                        "what was answered is kept, the same command with a larger budget goes on"
-                    )
-                if self._stopped.is_set():
-                    raise Refusal("the run was stopped")
-                self._lock.wait(POLL)
-            self._asking += 1
-            self._pending += expected
-        return expected
-
-    def _attempt(self, body: bytes) -> tuple[Answer, bool]:
-        """Ask until there is an answer or no use in asking."""
-        for attempt in range(1, self.settings.attempts + 1):
-            if self._stopped.is_set():
-                raise Refusal("the run was stopped")
-            asked_wait = None
-            try:
-                status, headers, content = self._send(body)
-                if status == httpx2.codes.OK:
-                    return self.wire.answer(content)
-                trouble = self._words(status, content)
-                if status in HOPELESS or 300 <= status < 400:
-                    raise Refusal(f"{self.wire.url} refuses: {trouble}")
-                if status < 500 and status not in WAITED_OUT:
-                    raise _Unanswered(f"the endpoint refuses this picture: {trouble}")
-                asked_wait = retry_after(headers.get("Retry-After"), time.time())
-            except Malformed as malformed:
-                trouble = shown(self._without_key(str(malformed)))
-            except httpx2.TimeoutException:
-                trouble = f"nothing came within {self.settings.timeout:g} s"
-            except httpx2.RequestError as error:
-                trouble = shown(self._without_key(f"{type(error).__name__} {error}"))
-            if attempt < self.settings.attempts:
-                self._stopped.wait(self._wait(attempt, asked_wait))
-        reason = f"no answer in {self.settings.attempts} attempts, at last: {trouble}"
-        with self._lock:
-            self._silent += 1
-            gone = self._silent >= SILENT_AFTER
-        if gone:
-            raise Refusal(f"{self.wire.url} left {SILENT_AFTER} pictures in a row without an answer ({reason})")
-        raise _Unanswered(reason)
-
-    def _wait(self, attempt: int, asked: float | None) -> float:
-        """Seconds before the next attempt: what the endpoint asked for, else longer each time, never in step."""
-        wait = FIRST_WAIT * 2 ** (attempt - 1) * random.uniform(0.5, 1) if asked is None else asked
-        return min(wait, self.settings.longest_wait)
-
-    def _send(self, body: bytes) -> tuple[int, httpx2.Headers, bytes]:
-        """One attempt, with an end in time and size, which a server that trickles would not have."""
-        end, content = time.monotonic() + self.settings.timeout, b""
-        with self._client.stream("POST", self.wire.url, content=body) as response:
-            for chunk in response.iter_bytes():  # as they come: chunks of a size would be waited for
-                content += chunk
-                if len(content) > LARGEST_ANSWER:
-                    raise _Unanswered(f"the endpoint's answer has more than {LARGEST_ANSWER} bytes: it is not read")
-                if time.monotonic() > end:
-                    raise httpx2.ReadTimeout("the answer trickles", request=response.request)
-            return response.status_code, response.headers, content
-
-    def _words(self, status: int, content: bytes) -> str:
-        """The endpoint's own message on one short line."""
-        message = message_in(content) or content[:2000].decode(errors="replace")
-        return f"HTTP {status}: {shown(self._without_key(message))}"
-
-    def _without_key(self, text: str) -> str:
-        return text.replace(self._key, "[key]") if self._key else text
-
-
-class _Unanswered(Exception):  # noqa: N818 - it ends as a Failure
-    """One picture got no answer; the message says why."""
-
-
-def key_from(name: str | None) -> str | None:
-    """The API key in an environment variable; null where no variable is named.
-
-    Raises
-    ------
-    Refusal
-        It is not set, or what is there is no key; the message does not show it.
-    """
-    if name is None:
-        return None
-    key = os.environ.get(name, "").strip()
-    if not key:
-        raise Refusal(f"--key-env {name}: the environment has no such variable, or an empty one; export it first")
-    if not (key.isascii() and key.isprintable()) or " " in key:
-        raise Refusal(
-            f"--key-env {name}: what the variable holds is no key (blanks or characters that no header takes)"
-        )
-    return key
-
-
-def checked_url(url: str, plain_http: bool) -> tuple[str, bool]:
-    """A base URL without its last slash, and whether it is of this machine.
-
-    Raises
-    ------
-    Refusal
-        It is no http(s) URL, has a name, password, query or fragment in it, or would send without TLS elsewhere.
-    """
-    try:
-        parts = urlsplit(url)
-        host, _port = parts.hostname, parts.port
-        httpx2.URL(url)
-    except (ValueError, httpx2.InvalidURL):
-        parts, host = None, None
-    if parts is not None and (parts.username is not None or parts.query or parts.fragment):
-        raise Refusal("--url has a name, a password or a query in it; give the base URL alone, the key by --key-env")
-    if not host or parts.scheme not in ("http", "https") or not url.isprintable() or " " in url:
-        raise Refusal(f"--url {url!r} is no URL such as https://api.openai.com/v1")
-    loopback = host == "localhost"
-    with contextlib.suppress(ValueError):  # of a name
-        loopback = loopback or ipaddress.ip_address(host).is_loopback
-    if parts.scheme == "http" and not loopback and not plain_http:
-        raise Refusal(
-            f"--url {url} would send pictures and key without TLS; give https://, or --plain-http to accept it"
-        )
-    return url.rstrip("/"), loopback
-
-
-def retry_after(header: str | None, now: float) -> float | None:
-    """Seconds that a Retry-After header asks to wait, of a number or an HTTP date; null where it says nothing."""
-    if header is None:
-        return None
-    try:
-        seconds = float(header)
-    except ValueError:
-        try:
-            seconds = email.utils.parsedate_to_datetime(header).timestamp() - now
-        except (ValueError, OverflowError):
-            return None
-    return max(seconds, 0.0) if math.isfinite(seconds) else None
-
-
-def _tokens(prompt: str, *pictures: Image.Image) -> int:
-    """About how many tokens a question has."""
-    seen = sum(math.ceil(picture.width / PATCH) * math.ceil(picture.height / PATCH) for picture in pictures)
-    return seen + -(-len(prompt) // LETTERS)
+        return {"prompt": question.text, "seed": question.seed, **asdict(self.wire)}

@@ -19,10 +19,10 @@ from typing import Any
 from PIL import Image
 from tqdm import tqdm
 
-from edit.judges.cache import Answer, AnswerCache, key_of
+from edit.endpoints.wire import Answer, png
+from edit.judges.cache import AnswerCache, key_of
 from edit.judges.judge import Item, unreadable
 from edit.judges.questions import BEST, QUESTIONS, Failure, Verdict, prompt_for
-from edit.judges.wire import png
 from extract.local_page import Unfit
 from extract.omniedit import BadSample
 from store.errors import Busy, Refusal

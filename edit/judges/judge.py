@@ -10,8 +10,10 @@ import polars as pl
 from PIL import Image
 from tqdm import tqdm
 
-from edit.judges.cache import Answer, AnswerCache, key_of
-from edit.judges.questions import QUESTIONS, Cost, Failure, Unclear, Verdict, parse, shown
+from edit.endpoints.endpoint import POLL
+from edit.endpoints.wire import Answer, shown
+from edit.judges.cache import AnswerCache, key_of
+from edit.judges.questions import QUESTIONS, Cost, Failure, Unclear, Verdict, parse
 from extract.omniedit import BadSample, decode
 from store.errors import Refusal
 
@@ -28,10 +30,6 @@ SCHEMA = {
 }
 """Columns of the table: who judged (a model's or a person's name), grades (null where ``failed`` says why there are
 none), the judge's reason, what the answer cost when it was given."""
-
-
-POLL = 0.2
-"""Seconds after which it is looked for Ctrl-C, which may not wake who waits for threads."""
 
 
 class Judge(Protocol):

@@ -9,9 +9,10 @@ import torch
 from PIL import Image
 from transformers import GenerationConfig, PreTrainedModel
 
-from edit.judges.cache import Answer, AnswerCache
+from edit.endpoints.wire import Answer, shown
+from edit.judges.cache import AnswerCache
 from edit.judges.judge import answer_for, verdict_of
-from edit.judges.questions import Failure, Verdict, prompt_for, shown
+from edit.judges.questions import Failure, Verdict, prompt_for
 from extract.model import CHECKPOINT_FILES, file_hash, find_checkpoint, find_device, load_model, load_processor
 from store.errors import Refusal
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from edit.endpoints.wire import shown
 from store.errors import Refusal
 
 RUBRIC = {
@@ -48,8 +49,6 @@ BEST = 4
 LONGEST_ANSWER = 20_000
 """Characters of an answer; a longer one is not read."""
 LONGEST_REASON = 2000
-SHOWN = 160
-"""Characters of somebody else's words in a reason."""
 
 PROMPT = """\
 You see two pictures. The first is the source. The second is what a picture editor made of it. The editor was told \
@@ -173,12 +172,6 @@ def parse(text: str) -> Verdict:
     if any(_grades(one) != _grades(found[0]) for one in found):
         raise Unclear(f"the answer grades twice, and differently: {shown(text)}")
     return found[-1]
-
-
-def shown(text: str, length: int = SHOWN) -> str:
-    """Somebody else's words on one line, cut to what fits a message."""
-    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
-    return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 def _grades(verdict: Verdict) -> tuple[int, ...]:

@@ -5,18 +5,42 @@ import io
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 from urllib.parse import quote
 
 from PIL import Image
 
-from edit.judges.cache import Answer
-from edit.judges.questions import ANSWER_SCHEMA
-
 Kind = Literal["openai", "gemini"]
 URLS = {"openai": "https://api.openai.com/v1", "gemini": "https://generativelanguage.googleapis.com/v1beta"}
 """Where each kind is served by those who made it."""
+SHOWN = 160
+"""Characters of somebody else's words in a reason."""
 MOST_TOKENS = 10**9  # more than any answer's usage
+
+
+class Answer(NamedTuple):
+    """A model's words."""
+
+    text: str
+    tokens_in: int
+    tokens_out: int
+    ended: str | None = None
+    """Why the model did not say all, in the endpoint's words; null where it did."""
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a model behind an endpoint is asked."""
+
+    text: str
+    schema: Mapping[str, Any]
+    """JSON schema of the answer."""
+    pictures: tuple[Image.Image, ...] = ()
+    """Shown before the text, in this order."""
+    system: str | None = None
+    """How the model is to behave, if that is said apart."""
+    seed: int | None = None
+    """Of sampling, where the endpoint takes one."""
 
 
 class Malformed(ValueError):  # noqa: N818 - an answer about an answer
@@ -32,7 +56,6 @@ class Wire:
     """URL up to the version, such as https://api.openai.com/v1."""
     model: str
     temperature: float | None
-    seed: int | None
     max_tokens: int
 
     @property
@@ -49,37 +72,37 @@ class Wire:
             return own
         return own | ({"Authorization": f"Bearer {key}"} if self.kind == "openai" else {"x-goog-api-key": key})
 
-    def body(self, prompt: str, source: Image.Image, edited: Image.Image) -> bytes:
-        """Of a request: the source, the edited picture (both as PNG), then the prompt."""
-        pictures = [base64.b64encode(png(picture)).decode() for picture in (source, edited)]
-        made = self._openai(prompt, pictures) if self.kind == "openai" else self._gemini(prompt, pictures)
-        return json.dumps(made).encode()
+    def body(self, question: Question) -> bytes:
+        """Of a request: the pictures as PNG, then the text."""
+        pictures = [base64.b64encode(png(picture)).decode() for picture in question.pictures]
+        chosen = {"temperature": self.temperature, "seed": question.seed}
+        sampling = {name: value for name, value in chosen.items() if value is not None}
+        made = self._openai if self.kind == "openai" else self._gemini
+        return json.dumps(made(question, pictures, sampling)).encode()
 
-    def _openai(self, prompt: str, pictures: list[str]) -> dict[str, Any]:
+    def _openai(self, question: Question, pictures: list[str], sampling: dict[str, Any]) -> dict[str, Any]:
         content = [{"type": "image_url", "image_url": {"url": f"data:image/png;base64,{one}"}} for one in pictures]
-        schema = {"name": "verdict", "strict": True, "schema": ANSWER_SCHEMA}
+        system = [{"role": "system", "content": question.system}] if question.system else []
+        schema = {"name": "answer", "strict": True, "schema": question.schema}
         return {
             "model": self.model,
-            "messages": [{"role": "user", "content": [*content, {"type": "text", "text": prompt}]}],
+            "messages": [*system, {"role": "user", "content": [*content, {"type": "text", "text": question.text}]}],
             "response_format": {"type": "json_schema", "json_schema": schema},
             "max_completion_tokens": self.max_tokens,
-        } | self._sampling()
+        } | sampling
 
-    def _gemini(self, prompt: str, pictures: list[str]) -> dict[str, Any]:
+    def _gemini(self, question: Question, pictures: list[str], sampling: dict[str, Any]) -> dict[str, Any]:
         parts = [{"inline_data": {"mime_type": "image/png", "data": one}} for one in pictures]
-        return {
-            "contents": [{"role": "user", "parts": [*parts, {"text": prompt}]}],
+        system = {"systemInstruction": {"parts": [{"text": question.system}]}} if question.system else {}
+        return system | {
+            "contents": [{"role": "user", "parts": [*parts, {"text": question.text}]}],
             "generationConfig": {
                 "responseMimeType": "application/json",
-                "responseJsonSchema": ANSWER_SCHEMA,
+                "responseJsonSchema": question.schema,
                 "maxOutputTokens": self.max_tokens,
             }
-            | self._sampling(),
+            | sampling,
         }
-
-    def _sampling(self) -> dict[str, Any]:
-        chosen = {"temperature": self.temperature, "seed": self.seed}
-        return {name: value for name, value in chosen.items() if value is not None}
 
     def answer(self, body: bytes) -> tuple[Answer, bool]:
         """What the endpoint answered, and whether it said how many tokens that took (they are 0 otherwise).
@@ -146,6 +169,12 @@ def message_in(body: bytes) -> str | None:
     error = told.get("error") if isinstance(told, dict) else None
     message = error.get("message") if isinstance(error, dict) else error
     return message if isinstance(message, str) and message else None
+
+
+def shown(text: str, length: int = SHOWN) -> str:
+    """Somebody else's words on one line, cut to what fits a message."""
+    line = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return line if len(line) <= length else f"{line[: length - 1]}…"
 
 
 def png(picture: Image.Image) -> bytes:
