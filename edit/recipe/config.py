@@ -1,14 +1,17 @@
 """What a data set is to be made by."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
 from edit.config import POCKET
+from edit.endpoints.config import EndpointSettings
+from edit.endpoints.wire import URLS
 from store.errors import Refusal
 
 PAPER = "paper"
 SCENES = "scenes"
+WRITER_TEMPERATURE = 0.9
 BY_RECIPE: dict[str, dict[str, str | int | None]] = {
     POCKET: {"samples": 64, **dict.fromkeys(("writer", "generator", "harmonizer", "captioner"), SCENES)}
     | {"boxer": POCKET, "conditioner": POCKET, "conditioning": "native", "threads": 1},
@@ -41,7 +44,9 @@ class RecipeConfig:
     samples: int | None = None
     """Samples to begin with (pocket 64, paper 400); a larger number later adds to them."""
     writer: str | None = None
-    """Who writes the prompts: scenes, or a folder or hub id of a language model in safetensors."""
+    """Who writes the prompts: scenes, a folder or hub id of a language model in safetensors, or one behind an endpoint:
+    openai:NAME (any OpenAI-compatible one, see --url) or gemini:NAME."""
+    endpoint: EndpointSettings = field(default_factory=lambda: EndpointSettings(temperature=WRITER_TEMPERATURE))
     generator: str | None = None
     """Who draws the scene: scenes, or a folder or hub id of a diffusers text-to-image pipeline."""
     harmonizer: str | None = None
@@ -87,6 +92,10 @@ class RecipeConfig:
             raise Refusal(f"--side {self.side}: give a multiple of 32 from 64 on")
         if not 0 <= self.seed < 2**32:
             raise Refusal(f"--seed {self.seed}: give one from 0 to {2**32 - 1}")
+        if endpoint_of(self.writer) is None and self.endpoint != EndpointSettings(temperature=WRITER_TEMPERATURE):
+            raise Refusal(
+                f"--writer {self.writer} is behind no endpoint, but settings of one are given: add --writer openai:NAME"
+            )
         if self.generator == SCENES and self.writer != SCENES:
             raise Refusal(f"--generator scenes draws no text of --writer {self.writer}: give --writer scenes")
         for name in ("harmonizer", "captioner", "boxer"):
@@ -95,3 +104,9 @@ class RecipeConfig:
                     f"--{name} scenes knows nothing of what --generator {self.generator} draws: give --generator "
                     f"scenes, or a model as --{name}"
                 )
+
+
+def endpoint_of(writer: str) -> tuple[str, str] | None:
+    """The kind of endpoint and the name of the model there; null where the writer is behind none."""
+    kind, colon, name = writer.partition(":")
+    return (kind, name) if colon and kind in URLS else None

@@ -10,6 +10,7 @@ import shutil
 import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -18,15 +19,16 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from edit.endpoints.endpoint import Closed
 from edit.recipe import dataset
 from edit.recipe.boxes import VisionBoxer, compare
 from edit.recipe.checkpoints import find, find_language, find_vision
-from edit.recipe.config import SCENES, RecipeConfig
+from edit.recipe.config import SCENES, RecipeConfig, endpoint_of
 from edit.recipe.dataset import Sample
 from edit.recipe.reversal import Reversal
 from edit.recipe.scenes import SceneModel, SceneWriter
-from edit.recipe.stages import REPLACED, UNFINISHED, Given, Made, Model, Result, Shelf, Stage, Work, write
-from edit.recipe.words import LanguageWriter, LocalText, VisionCaptioner
+from edit.recipe.stages import REPLACED, UNFINISHED, Given, Made, Model, Paid, Result, Shelf, Stage, Work, write
+from edit.recipe.words import EndpointText, LanguageWriter, LocalText, VisionCaptioner
 from extract.model import find_device
 from extract.omniedit import BadSample
 from extract.pocket.build import WEIGHTS as POCKET_VLM
@@ -50,6 +52,8 @@ def stages_of(config: RecipeConfig) -> list[Stage]:
         if name == SCENES:
             return SceneWriter(config.seed) if stage == "write" else SceneModel(stage)
         if stage == "write":
+            if behind := endpoint_of(name):
+                return LanguageWriter(EndpointText(*behind, config.endpoint))
             return LanguageWriter(LocalText(find_language(setting, name), device))
         # Diffusers takes its time to import, and exact stages do without.
         if stage == "generate":
@@ -119,12 +123,14 @@ class Workshop:
 
 @dataclass(frozen=True)
 class Passed:
-    """How a stage went: samples that came out of it, how many of them were made now, and the seconds that took."""
+    """How a stage went: samples that came out of it, how many of them were made now, and what that took."""
 
     stage: str
     samples: int
     new: int
     seconds: float
+    spent: float
+    """Money."""
 
 
 def run_stage(place: int, stage: Stage, samples: Sequence[Sample], shelf: Shelf, config: RecipeConfig) -> Passed:
@@ -132,7 +138,7 @@ def run_stage(place: int, stage: Stage, samples: Sequence[Sample], shelf: Shelf,
     began = time.perf_counter()
     described = json.dumps([stage.name, stage.model.describe()], sort_keys=True)
     going = [sample for sample in samples if sample.aside is None]
-    left = []
+    left, spent = [], 0.0
     for sample in going:
         sample.fingerprint = hashlib.sha256(f"{sample.fingerprint} {described}".encode()).hexdigest()
         found = shelf.find(stage.name, sample.number, sample.fingerprint)
@@ -143,23 +149,32 @@ def run_stage(place: int, stage: Stage, samples: Sequence[Sample], shelf: Shelf,
     if left:
         work = stage.model.load()
         bar = tqdm(left, desc=stage.name, unit="sample", initial=len(going) - len(left), total=len(going))
-        for sample in bar:
-            drawn = np.random.SeedSequence([config.seed, sample.number, place]).generate_state(1)[0]
-            made, aside = attempt(work, Given(sample.number, int(drawn), sample.told, sample.files))
-            advance(sample, stage.name, shelf.keep(stage.name, sample.number, sample.fingerprint, made, aside))
+        with closing(work) if isinstance(work, Paid) else nullcontext():
+            for sample in bar:
+                drawn = np.random.SeedSequence([config.seed, sample.number, place]).generate_state(1)[0]
+                made, aside = attempt(work, Given(sample.number, int(drawn), sample.told, sample.files))
+                advance(sample, stage.name, shelf.keep(stage.name, sample.number, sample.fingerprint, made, aside))
+                if isinstance(work, Paid) and work.spent:
+                    spent = work.spent
+                    bar.set_postfix_str(f"{spent:.4f} spent", refresh=False)
         # The next stage's model may need all the memory that this one had.
         del work
         gc.collect()
     passed = sum(sample.aside is None for sample in going)
-    return Passed(stage.name, passed, len(left), time.perf_counter() - began)
+    return Passed(stage.name, passed, len(left), time.perf_counter() - began, spent)
 
 
 def attempt(work: Work, given: Given) -> tuple[Made, tuple[str, str] | None]:
-    """What the stage made, or made nothing and why: one bad sample never ends a run, whatever a model raises."""
+    """What the stage made, or made nothing and why: one bad sample never ends a run, whatever a model raises.
+
+    That an endpoint answers nobody any more (`Closed`) is no sample's fault and ends it.
+    """
     try:
         return work(given), None
     except BadSample as bad:
         return Made(), (bad.reason, bad.detail)
+    except Closed:
+        raise
     except Exception as error:
         return Made(), (type(error).__name__, (str(error).strip() or "without a word").splitlines()[0][:500])
 
@@ -198,7 +213,10 @@ def make(config: RecipeConfig, stages: Sequence[Stage]) -> int:
         samples = [Sample(number, f"{VERSION} {config.seed} {number}") for number in range(config.samples)]
         passed = [run_stage(place, stage, samples, workshop.shelf, config) for place, stage in enumerate(stages)]
         summary = finish(config, workshop.out, samples, described)
-    summary["stages"] = {one.stage: {"samples": one.samples, "new": one.new, "seconds": one.seconds} for one in passed}
+    summary["stages"] = {
+        one.stage: {"samples": one.samples, "new": one.new, "seconds": one.seconds, "spent": one.spent}
+        for one in passed
+    }
     summary["seconds"] = time.perf_counter() - began
     print(json.dumps(summary) if config.json else told(summary))
     return 0
@@ -251,7 +269,9 @@ def told(summary: Mapping[str, Any]) -> str:
     """The summary in words."""
     lines = [f"\n{summary['dataset']['samples']} of {summary['asked']} samples: {summary['dataset']['path']}"]
     for name, stage in summary["stages"].items():
-        lines += [f"  {name:<10} {stage['samples']:>6} samples, {stage['new']} of them now, {stage['seconds']:.1f} s"]
+        cost = f", {stage['spent']:.4f} spent" if stage["spent"] else ""
+        made = f"{stage['new']} of them now, {stage['seconds']:.1f} s{cost}"
+        lines += [f"  {name:<10} {stage['samples']:>6} samples, {made}"]
     judged = ", ".join(f"{count} {verdict}" for verdict, count in summary["verdicts"].items())
     lines += [f"  {'verify':<10} {summary['verified']['samples']:>6} samples{f' ({judged})' if judged else ''}"]
     lines += [f"  set aside  {sum(summary['set_aside'].values()):>6}"]

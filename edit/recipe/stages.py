@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from PIL import Image
 
@@ -44,6 +44,17 @@ class Made:
 
 Work = Callable[[Given], Made]
 """One stage's work on one sample; raises `extract.omniedit.BadSample` for what cannot be used."""
+
+
+@runtime_checkable
+class Paid(Protocol):
+    """Work that may cost money and holds connections."""
+
+    spent: float
+    """Money so far."""
+
+    def close(self) -> None:
+        """End the connections."""
 
 
 class Model(Protocol):

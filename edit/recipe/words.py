@@ -10,7 +10,11 @@ import torch
 from PIL import Image
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 
+from edit.endpoints.config import EndpointSettings
+from edit.endpoints.endpoint import Endpoint, Unanswered
+from edit.endpoints.wire import URLS, Kind, Question, shown
 from edit.recipe.checkpoints import Checkpoint
+from edit.recipe.config import WRITER_TEMPERATURE
 from edit.recipe.scenes import WORDS
 from edit.recipe.stages import Given, Made, Work
 from extract.decoding import END_OF_TURN
@@ -37,13 +41,20 @@ CAPTIONER_SYSTEM = (
     'meant by its position alone, such as "the second cup from the left" or "the cup in the top right corner", never '
     "by its colour or any other attribute, and say what it becomes. Answer with the instruction only."
 )
+WRITER_SCHEMA = {
+    "type": "object",
+    "properties": {name: {"type": "string"} for name in ("scene", "edit")},
+    "required": ["scene", "edit"],
+    "additionalProperties": False,
+}
 CAPTIONER_ASK = "Write the instruction."
 LONGEST = 256  # tokens, for both; the captioner's settings are the paper's
-WRITER_TEMPERATURE = 0.9
+LONGEST_THERE = 2048  # tokens of an endpoint's answer, with what a model thinks before it
 CAPTIONER_TEMPERATURE, CAPTIONER_PENALTY = 0.1, 1.1
 GAP = 8  # pixels between the two pictures
 QUOTES = "\"'“”‘’"
 
+NO_ANSWER = "the writer gave no answer"
 NO_PAIR = "the writer gave no scene and edit as JSON"
 NO_CAPTION, CUT_CAPTION = "the captioner said nothing", f"the caption is unfinished after {LONGEST} tokens"
 
@@ -92,6 +103,51 @@ class LocalText:
 
 
 @dataclass(frozen=True)
+class EndpointText:
+    """A language model behind an OpenAI-compatible or Gemini endpoint."""
+
+    kind: Kind
+    name: str
+    settings: EndpointSettings
+
+    def describe(self) -> dict[str, Any]:
+        """Where it is, its name and how it is sampled."""
+        return {
+            "kind": self.kind,
+            "url": self.settings.url or URLS[self.kind],
+            "model": self.name,
+            "temperature": self.settings.temperature,
+            "longest": LONGEST_THERE,
+        }
+
+    def open(self) -> "Correspondent":
+        """Ready to be asked (raises `Refusal` where the URL, the name or the key cannot be used)."""
+        return Correspondent(self.kind, self.name, self.settings, LONGEST_THERE)
+
+
+class Correspondent(Endpoint):
+    """An endpoint that completes."""
+
+    def __call__(self, system: str, user: str, seed: int) -> str:
+        """Its answer; seeds are whole numbers below 2³¹ to all of them.
+
+        Raises
+        ------
+        BadSample
+            There is none to this question.
+        Closed
+            There would be none to any other.
+        """
+        try:
+            answer = self.ask(Question(user, WRITER_SCHEMA, system=system, seed=seed % 2**31))
+        except Unanswered as unanswered:
+            raise BadSample(NO_ANSWER, str(unanswered)) from unanswered
+        if answer.ended:
+            raise BadSample(NO_ANSWER, f"the model stopped ({shown(answer.ended)})")
+        return answer.text
+
+
+@dataclass(frozen=True)
 class LanguageWriter:
     """Pairs of prompts by somebody who answers in words; how many objects and their layout are drawn for each.
 
@@ -104,17 +160,33 @@ class LanguageWriter:
         """The endpoint and the question."""
         return {"endpoint": self.endpoint.describe(), "system": WRITER_SYSTEM, "ask": WRITER_ASK}
 
-    def load(self) -> Work:
+    def load(self) -> "Writing":
         """The endpoint, ready."""
-        complete = self.endpoint.open()
+        return Writing(self.endpoint.open())
 
-        def write(given: Given) -> Made:
-            rng = np.random.default_rng(given.seed)
-            count, layout = NUMBERS[rng.integers(4, 10)], list(WORDS.values())[rng.integers(len(WORDS))]
-            answer = complete(WRITER_SYSTEM, WRITER_ASK.format(count=count, layout=layout), given.seed)
-            return Made(pair_of(answer) | {"task": WRITER_TASK})
 
-        return write
+@dataclass(frozen=True)
+class Writing:
+    """The work of a `LanguageWriter`."""
+
+    complete: Complete
+
+    def __call__(self, given: Given) -> Made:
+        """Write one pair of prompts."""
+        rng = np.random.default_rng(given.seed)
+        count, layout = NUMBERS[rng.integers(4, 10)], list(WORDS.values())[rng.integers(len(WORDS))]
+        answer = self.complete(WRITER_SYSTEM, WRITER_ASK.format(count=count, layout=layout), given.seed)
+        return Made(pair_of(answer) | {"task": WRITER_TASK})
+
+    @property
+    def spent(self) -> float:
+        """Money, of an endpoint."""
+        return self.complete.spent if isinstance(self.complete, Endpoint) else 0.0
+
+    def close(self) -> None:
+        """End the connections of an endpoint."""
+        if isinstance(self.complete, Endpoint):
+            self.complete.close()
 
 
 def pair_of(answer: str) -> dict[str, str]:
