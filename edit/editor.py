@@ -5,6 +5,7 @@ stock code always takes a million pixels), and whose states condition it (the st
 positions).
 """
 
+import hashlib
 import inspect
 import json
 import math
@@ -18,14 +19,19 @@ from typing import Self
 
 import torch
 from diffusers import BitsAndBytesConfig, QwenImageEditPipeline, QwenImageTransformer2DModel
+from huggingface_hub import try_to_load_from_cache
 from PIL import Image
 
 from edit.config import POCKET, POCKET_WEIGHTS
 from edit.frames import for_single_frames
+from extract.model import file_hash
 from store.errors import Refusal
 
 SETTINGS_FILE = "editor.json"
 STOCK_AREA, STOCK_MULTIPLE = 1024 * 1024, 32
+PARTS = ("scheduler", "transformer", "vae")
+"""What of a pipeline's folder decides an edit by given states."""
+INDEX, DECIDING = "model_index.json", (".json", ".safetensors")
 MEND = "install diffusers 0.42"
 WANTED = "the folder of a Qwen-Image-Edit pipeline, as its save_pretrained writes it, or a hub id"
 
@@ -90,6 +96,8 @@ class Editor:
 
     pipeline: QwenImageEditPipeline
     settings: Settings
+    weights: str | None = None
+    """What names its weights, as of `weights_of`; null of one that is at hand alone."""
 
     @classmethod
     def load(
@@ -119,7 +127,7 @@ class Editor:
         pipeline = pipeline.to(device)
         pipeline.set_progress_bar_config(disable=True)
         for_single_frames(pipeline.vae)
-        return cls(pipeline, Settings.load(Path(folder)))
+        return cls(pipeline, Settings.load(Path(folder)), weights_of(folder))
 
     def resized(self, picture: Image.Image) -> Image.Image:
         """The picture at the size it is worked at."""
@@ -168,6 +176,16 @@ class Editor:
             generator=torch.Generator("cpu").manual_seed(seed),
         ).images[0]
         return made.resize(picture.size, Image.Resampling.LANCZOS)
+
+
+def weights_of(folder: str | Path) -> str | None:
+    """The sha256 (hex) of an editor's files in a folder, or the commit of a hub id as the hub's cache has it."""
+    if not Path(folder).is_dir():
+        cached = try_to_load_from_cache(str(folder), INDEX)
+        return Path(cached).parent.name if isinstance(cached, str) else None
+    files = [path for part in PARTS for path in sorted((Path(folder) / part).glob("*")) if path.suffix in DECIDING]
+    told = {path.relative_to(folder).as_posix(): file_hash(path) for path in files}
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()
 
 
 def _in_nf4(folder: str | Path, dtype: torch.dtype) -> QwenImageTransformer2DModel:

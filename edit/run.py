@@ -121,8 +121,10 @@ def settings_of(config: StagesConfig, stages: TwoStage) -> dict[str, Any]:
     """All that determines an edited picture but the picture, its instruction and a given box."""
     return {
         "editor": config.editor,
+        "weights": stages.editor.weights,
         "working": asdict(stages.editor.settings),
         "lora": config.lora if stages.overlay else None,
+        "lora_weights": stages.lora if stages.overlay else None,
         "overlay": stages.overlay.as_dict() if stages.overlay else None,
         "proxy": stages.proxy.hash if stages.proxy else None,
         "conditioning": asdict(stages.conditioning),

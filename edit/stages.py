@@ -3,7 +3,7 @@
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
@@ -15,6 +15,7 @@ from edit.editor import Editor
 from edit.overlay import Overlay, rescaled
 from edit.train import LORA_SETTINGS, LORA_WEIGHTS
 from extract.encoder import Encoder
+from extract.model import file_hash
 from probes.trained import TrainedProbe
 from store.errors import Refusal
 
@@ -46,12 +47,14 @@ class TwoStage:
     """Finds the box; null where none is drawn or boxes are given."""
     overlay: Overlay | None = None
     """As the LoRA was trained; null edits without a box."""
+    lora: str | None = None
+    """The sha256 (hex) of the LoRA's weights."""
 
     def with_lora(self, folder: Path) -> Self:
         """The same with the LoRA of a folder, and boxes drawn as it was trained to see them."""
         settings = lora_settings(folder)
         self.editor.pipeline.load_lora_weights(folder, weight_name=LORA_WEIGHTS, adapter_name=ADAPTER)
-        return type(self)(self.encoder, self.editor, self.conditioning, self.proxy, Overlay.of(settings["overlay"]))
+        return replace(self, overlay=Overlay.of(settings["overlay"]), lora=file_hash(folder / LORA_WEIGHTS))
 
     @contextmanager
     def without_lora(self, without: bool = True) -> Iterator[None]:

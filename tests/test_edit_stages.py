@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import shutil
+from itertools import pairwise
 
 import numpy as np
 import pytest
@@ -22,6 +24,7 @@ from edit.scores.scene_judge import SceneJudge
 from edit.stages import TwoStage, lora_settings
 from edit.train import LORA_SETTINGS, train
 from extract.encoder import Encoder
+from extract.model import file_hash
 from probes.sweep import train as train_probe
 from store.errors import Refusal
 
@@ -258,6 +261,33 @@ def test_a_folder_is_edited_each_picture_with_its_label_and_not_twice(given, pic
     assert again["edited"] == 1 and again["kept"] == 1 and (out / "a.png").stat().st_mtime_ns == before
     other = json.loads(run_here(*given, "--folder", folder, "--out", out, "--noise-seed", "5", "--json").stdout)
     assert other["edited"] == 2
+
+
+def test_pictures_of_weights_that_have_changed_since_are_made_again(encoder, editor_folder, lora, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    from edit.config import StagesConfig
+    from edit.run import settings_of
+
+    def settings():
+        stages = TwoStage(encoder, Editor.load(tmp_path / "editor")).with_lora(tmp_path / "lora")
+        return settings_of(StagesConfig(), stages)
+
+    shutil.copytree(editor_folder, tmp_path / "editor")
+    shutil.copytree(lora, tmp_path / "lora", ignore=shutil.ignore_patterns("latents"))
+    found = [settings(), settings()]
+    for folder, pattern in (("lora", "*lora_weights.safetensors"), ("editor", "transformer/*.safetensors")):
+        (path,) = (tmp_path / folder).glob(pattern)
+        weights = load_file(path)
+        next(iter(weights.values())).view(-1)[0] += 1
+        save_file(weights, path)
+        file_hash.cache_clear()
+        found.append(settings())
+    assert found[0] == found[1]
+    assert [{key for key in one if one[key] != other[key]} for one, other in pairwise(found[1:])] == [
+        {"lora_weights"},
+        {"weights"},
+    ]
 
 
 def test_data_in_omniedits_columns_are_edited(given, study, tmp_path):
