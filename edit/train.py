@@ -46,6 +46,9 @@ AHEAD = 4
 """Batches that are read while a GPU is at work."""
 VALIDATION_RANK = 1 << 20
 """Draws of noise for validation are those of a process that there never is."""
+FREE = ("editor", "store", "data", "out", "steps", "gradient_checkpointing", "threads")
+FREE += ("checkpoint_every", "validate_every", "validation")
+"""Settings that may change where a training goes on: names of what is known by its content, and how it is run."""
 LOSS_SAMPLES = 8
 """Times as many samples give the validation loss as are edited."""
 
@@ -256,7 +259,10 @@ def train(config: TrainConfig) -> None:
     average = Average(parameters, config.average) if config.average else None
     config.out.mkdir(parents=True, exist_ok=True)
     checkpoint = config.out / "checkpoint.safetensors"
-    start = load_checkpoint(checkpoint, parameters, optimizers, average.kept if average else ())
+    settings = {name: value for name, value in asdict(config).items() if name not in FREE}
+    settings |= {"weights of the editor": editor.weights, "store": opened.plan.identity_hash}
+    kept_average = average.kept if average else ()
+    start = load_checkpoint(checkpoint, parameters, optimizers, kept_average, settings)
     model, *optimizers = accelerator.prepare(transformer, *optimizers)
     batches = Batches(config, kept["train"], states, accelerator.process_index, accelerator.num_processes)
     validation = Validation(config, kept["test"], states, editor, pairs)
@@ -295,7 +301,7 @@ def train(config: TrainConfig) -> None:
             done = step + 1
             due = done == config.steps
             if accelerator.is_main_process and (done % config.checkpoint_every == 0 or due):
-                save_checkpoint(checkpoint, done, parameters, optimizers, average.kept if average else ())
+                save_checkpoint(checkpoint, done, parameters, optimizers, kept_average, settings)
             if accelerator.is_main_process and (done % config.validate_every == 0 or due):
                 if average:
                     average.exchange()

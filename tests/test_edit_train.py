@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import torch
 from diffusers import AutoencoderKLQwenImage, FlowMatchEulerDiscreteScheduler, QwenImageEditPipeline
 from diffusers.pipelines.qwenimage import pipeline_qwenimage_edit as stock
 from PIL import Image
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_editor import SAMPLES, tiny_editor, tiny_study
 
 import store
@@ -28,6 +29,7 @@ from edit.pocket.build import SETTINGS, build_vae
 from edit.stages import lora_settings
 from edit.states import StoredStates
 from edit.train import Batch, Batches, draw, flow_loss, rate, train
+from extract.model import file_hash
 from store.errors import Refusal
 
 CPU = torch.device("cpu")
@@ -269,10 +271,35 @@ def test_an_interrupted_training_ends_with_the_same_weights(config, trained, tmp
     assert [start["from_step"] for start in starts] == [0, 4]
 
 
-def test_a_checkpoint_of_other_settings_is_refused(config, trained, tmp_path):
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [
+        ({"rank": 3}, "rank 16 .now 3"),
+        ({"learning_rate": 1e-5}, "learning_rate"),
+        ({"seed": 9}, "seed"),
+        ({"overlay": Overlay(width=0.05)}, "overlay"),
+    ],
+)
+def test_a_checkpoint_of_other_settings_is_refused(config, trained, tmp_path, other, said):
     (tmp_path / "checkpoint.safetensors").write_bytes((trained / "checkpoint.safetensors").read_bytes())
-    with pytest.raises(Refusal, match="other settings"):
-        train(at(config, tmp_path, rank=3))
+    with pytest.raises(Refusal, match=f"other settings, {said}"):
+        train(at(config, tmp_path, **other))
+
+
+def test_a_checkpoint_of_another_editor_of_the_same_name_is_refused(config, trained, tmp_path):
+    weights = next(Path(config.editor).glob("vae/*.safetensors"))
+    before = weights.read_bytes()
+    (tmp_path / "checkpoint.safetensors").write_bytes((trained / "checkpoint.safetensors").read_bytes())
+    changed = load_file(weights)
+    next(iter(changed.values())).view(-1)[0] += 1
+    try:
+        save_file(changed, weights)
+        file_hash.cache_clear()
+        with pytest.raises(Refusal, match="weights of the editor"):
+            train(at(config, tmp_path))
+    finally:
+        weights.write_bytes(before)
+        file_hash.cache_clear()
 
 
 def test_four_bits_need_a_gpu_and_say_so(config, tmp_path):
