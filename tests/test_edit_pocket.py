@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from edit.editor import Editor, Settings
 from edit.frames import for_single_frames
 from edit.pocket import vae as making
-from edit.pocket.build import SETTINGS, BuildConfig, build, build_transformer, build_vae
+from edit.pocket.build import SETTINGS, BuildConfig, build, build_transformer, build_vae, history
 from edit.pocket.vae import Crops, Optimizer, VaeConfig, decode, encode, losses_of, train_vae
 from store.errors import Refusal
 
@@ -84,6 +84,19 @@ def test_an_interrupted_training_ends_with_the_same_autoencoder(quick, tmp_path,
     assert editor.settings == SETTINGS and isinstance(editor.pipeline, QwenImageEditPipeline)
     drawn, taken = (one.pipeline.transformer.state_dict() for one in (editor, other))
     assert all(torch.equal(drawn[name], taken[name]) for name in drawn)
+
+
+def test_a_training_log_comes_behind_that_of_the_editor_it_began_with(tmp_path):
+    logs = {}
+    for name, began in (("first", "start"), ("base", "taught")):
+        told = [{"from_step": 0, "editor": str(tmp_path / began)}, {"step": 2, "loss": 0.1}]
+        logs[name] = "".join(json.dumps(line) + "\n" for line in told)
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "log.jsonl").write_text(logs[name])
+    (tmp_path / "taught" / "transformer").mkdir(parents=True)
+    assert history(tmp_path / "base" / "log.jsonl") == logs["base"]
+    (tmp_path / "taught" / "transformer" / "log.jsonl").write_text(history(tmp_path / "first" / "log.jsonl"))
+    assert history(tmp_path / "base" / "log.jsonl") == logs["first"] + logs["base"]
 
 
 def test_parts_that_are_not_there_are_refused(tmp_path):

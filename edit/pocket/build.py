@@ -107,8 +107,8 @@ def build(config: BuildConfig) -> None:
     pipeline.to(torch.bfloat16).save_pretrained(config.out)
     SETTINGS.save(config.out)
     copied = {Path("vae") / LOG: config.vae.parent / VAE_LOG}
-    if config.transformer:
-        copied[Path("transformer") / LOG] = config.transformer.parent / LOG
+    if config.transformer and (log := config.transformer.parent / LOG).exists():
+        (config.out / "transformer" / LOG).write_text(history(log))
     if config.lora:
         copied |= {Path("lora") / name: config.lora / name for name in (LORA_WEIGHTS, LORA_SETTINGS, LOG)}
     if config.proxy:
@@ -122,3 +122,10 @@ def build(config: BuildConfig) -> None:
         making["store"]["path"] = Path(making["store"]["path"]).name  # where it lay is nobody's business
         (config.out / "proxy" / PROXY_MAKING).write_text(json.dumps(making, indent=1) + "\n")
     print(f"saved {config.out}")
+
+
+def history(log: Path) -> str:
+    """A training's log behind that of the editor that it began with, if that has one."""
+    own = log.read_text()
+    before = Path(json.loads(own.splitlines()[0])["editor"]) / "transformer" / LOG
+    return (before.read_text() if before.exists() else "") + own
