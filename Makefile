@@ -99,7 +99,7 @@ ASKED := --tasks swap removal attribute_modification --no-gradient-checkpointing
 EDITING := --store data/editing.zarr --data data/editing $(ASKED)
 NAMED := --store data/named.zarr --data data/named $(ASKED)
 BASE := --train all --batch-size 32 --optimizer muon --learning-rate 2e-3 --warmup 200 --change-weight 4 --average 0.999
-LORA := --steps 2500 --batch-size 16 --learning-rate 1e-3 --change-weight 4 --limit 8192
+LORA := --steps 2000 --batch-size 16 --learning-rate 1e-3 --change-weight 4 --limit 8192
 TAUGHT := --preset pocket --layers final --attention none --no-vlm-boxes --prompt random --shuffle --held-out 0.02 --limit 40000
 EDITED = runs/editor
 
