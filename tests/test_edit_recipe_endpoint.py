@@ -116,7 +116,7 @@ def test_an_answer_to_nobody_is_a_bad_sample_of_one(tmp_path):
         work.close()
 
 
-def test_the_command_line_names_the_endpoint_and_its_key_is_nowhere():
+def test_settings_name_the_endpoint_and_its_key_is_nowhere():
     models = {"generator": "pocket", "harmonizer": "pocket", "captioner": "pocket"}
     settings = EndpointSettings(url="https://example.org/v1", key_env="WRITER_KEY", temperature=None)
     config = RecipeConfig(writer="gemini:models/some:one", endpoint=settings, **models)

@@ -6,6 +6,8 @@ import json
 import numpy as np
 import pytest
 import torch
+from commands import run_here
+from judging import KEY, Endpoint, reply, said
 from PIL import Image
 from tiny_recipe import save_editor, save_generator, save_language, save_vision
 from transformers import AutoConfig, Qwen2ForCausalLM
@@ -321,6 +323,23 @@ def test_a_writer_that_only_babbles_ends_the_run_with_the_reason(models, tmp_pat
     with pytest.raises(Refusal, match=f"2 × write: {NO_PAIR}"):
         recipe(config)
     assert not [one for one in gc.get_objects() if type(one) is Qwen2ForCausalLM], "it is kept after its stage"
+
+
+def test_the_command_line_has_a_writer_behind_an_endpoint(models, tmp_path, monkeypatch):
+    monkeypatch.setenv("WRITER_KEY", KEY)
+    pair = {"scene": "Six cups in a row, one red.", "edit": "Make the red cup white."}
+    out = tmp_path / "run"
+    with Endpoint(usual=reply(said(pair))) as server:
+        asked = ("--writer", "openai:writer-1", "--url", server.url, "--key-env", "WRITER_KEY", "--price-in", "2")
+        asked += ("--generator", models["generator"], "--generator-steps", "1", "--side", "96", "--device", "cpu")
+        asked += ("--harmonizer", models["editor"], "--captioner", "pocket", "--boxer", "pocket", "--samples", "2")
+        done = run_here("edit", "recipe", *asked, "--out", out)
+    assert [one["headers"]["Authorization"] for one in server.asked] == [f"Bearer {KEY}"] * 2
+    assert [one["body"]["temperature"] for one in server.asked] == [0.9, 0.9]
+    written = [json.loads(path.read_text()) for path in sorted((out / "stages" / "write").glob("*/record.json"))]
+    assert [one["told"]["scene"] for one in written] == [pair["scene"]] * 2
+    assert len(list((out / "stages" / "harmonize").glob("*/harmonized.png"))) == 2, done.stderr
+    assert not [path for path in out.rglob("*") if path.is_file() and KEY.encode() in path.read_bytes()]
 
 
 def test_every_setting_of_a_model_is_in_what_describes_its_stage(models, tmp_path):

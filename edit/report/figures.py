@@ -43,7 +43,7 @@ def scatter(summary: pl.DataFrame, damage: str, grades: Sequence[str], out: Path
     points = summary.filter(pl.col("metric").is_in([damage, *wanted]), pl.col("mean").is_not_null())
     with style.styled():
         figure, panels = plt.subplots(1, len(wanted), figsize=(5.8 * len(wanted) + 0.6, 4.5), squeeze=False)
-        figure.subplots_adjust(left=0.62 / figure.get_figwidth(), right=0.985, bottom=0.13, top=0.92, wspace=0.2)
+        figure.subplots_adjust(left=0.62 / figure.get_figwidth(), right=0.965, bottom=0.13, top=0.92, wspace=0.2)
         for axes, metric in zip(panels[0], wanted, strict=True):
             _panel(axes, points, damage, metric)
         style.save(figure, out, "success-damage", points, making)
